@@ -12,11 +12,14 @@ if TYPE_CHECKING:
     from torchgraft.bench.meters import Cost, measure
     from torchgraft.bench.task import Split, Task
     from torchgraft.bench.tasks import load_task
+    from torchgraft.compare import try_
+    from torchgraft.engines.linearize import linearize
     from torchgraft.engines.parametrize import Spec, fold, parametrize
     from torchgraft.engines.recipe import apply
     from torchgraft.engines.surgery import SwapReport, swap
     from torchgraft.errors import BadInput
     from torchgraft.fit import FitResult, fit
+    from torchgraft.parts.blocks.sequence_model import SequenceModel
 
 __version__ = "0.1.0"
 
@@ -24,6 +27,7 @@ _HOMES = {
     "BadInput": "torchgraft.errors",
     "Cost": "torchgraft.bench.meters",
     "FitResult": "torchgraft.fit",
+    "SequenceModel": "torchgraft.parts.blocks.sequence_model",
     "Spec": "torchgraft.engines.parametrize",
     "Split": "torchgraft.bench.task",
     "SwapReport": "torchgraft.engines.surgery",
@@ -31,16 +35,19 @@ _HOMES = {
     "apply": "torchgraft.engines.recipe",
     "fit": "torchgraft.fit",
     "fold": "torchgraft.engines.parametrize",
+    "linearize": "torchgraft.engines.linearize",
     "load_task": "torchgraft.bench.tasks",
     "measure": "torchgraft.bench.meters",
     "parametrize": "torchgraft.engines.parametrize",
     "swap": "torchgraft.engines.surgery",
+    "try_": "torchgraft.compare",
 }
 
 __all__ = [
     "BadInput",
     "Cost",
     "FitResult",
+    "SequenceModel",
     "Spec",
     "Split",
     "SwapReport",
@@ -48,10 +55,12 @@ __all__ = [
     "apply",
     "fit",
     "fold",
+    "linearize",
     "load_task",
     "measure",
     "parametrize",
     "swap",
+    "try_",
 ]
 
 

@@ -12,11 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchgraft.bench.files import read_tensors
-from torchgraft.bench.models import ByteTransformer, TwoTower, VisionTransformer
+from torchgraft.bench.models import ByteTransformer, RecurrentNet, TwoTower, VisionTransformer
 from torchgraft.bench.task import Split, Task, call
 from torchgraft.bench.tasks import BUILTIN, builtin, stdlib_bytes, stdlib_search
 from torchgraft.bench.tasks.baseline import Settings, cached_weights, seeded
+from torchgraft.bench.tasks.copying import copies, selective_copies
+from torchgraft.bench.tasks.induction import inductions
 from torchgraft.bench.tasks.recall import answered, recall_loss, sequences
+from torchgraft.bench.tasks.running_sums import running_sums
 from torchgraft.bench.tasks.tabular import explained
 from torchgraft.bench.training import evaluate, supervised
 from torchgraft.errors import BadInput
@@ -52,7 +55,7 @@ def test_protocol(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists(), "creating a task trained something"
 
 
-@pytest.mark.parametrize("name", ["digits-vit", "recall", "wine", "diabetes"])
+@pytest.mark.parametrize("name", ["digits-vit", "recall", "wine", "diabetes", "parity", "copying", "induction"])
 def test_the_seed_moves_the_weights_and_not_the_split(name: str) -> None:
     one, two = builtin(name, 0), builtin(name, 1)
     for split in ("train", "val", "test"):
@@ -156,6 +159,87 @@ def test_recall_answers_are_in_the_sequence() -> None:
     half = perfect.clone()
     half[:, 16:20] = 0.0  # the first four answers become symbol 0, a key
     assert answered(half, target).eq(0.5).all()
+
+
+@pytest.mark.parametrize(("name", "modulus"), [("parity", 2), ("modular-arithmetic", 3)])
+def test_running_sums_are_asked_for_at_the_end_of_longer_sequences(name: str, modulus: int) -> None:
+    task = builtin(name)
+    for split in (task.train, task.val):
+        assert isinstance(split.inputs, Tensor)
+        assert split.inputs.shape[1] == 32
+        assert torch.equal(split.target, split.inputs.cumsum(1) % modulus)
+    assert isinstance(task.test.inputs, Tensor)
+    counts = dict.fromkeys((32, 64, 96, 128), 0)
+    for digits, target in zip(task.test.inputs.tolist(), task.test.target.tolist(), strict=True):
+        length = next((place for place, digit in enumerate(digits) if digit == modulus), 128)
+        counts[length] += 1
+        assert digits[length:] == [modulus] * (128 - length)
+        total = 0
+        for place, digit in enumerate(digits[:length]):
+            total = (total + digit) % modulus
+            assert target[place] == (total if place >= length - 32 else -100)
+        assert target[length:] == [-100] * (128 - length)
+    assert set(counts.values()) == {128}
+
+
+def test_training_and_held_out_samples_differ() -> None:
+    """Of the splits of the synthetic tasks, no test sequence was seen in training."""
+    for train, test in (
+        (running_sums(4096, 1, 2), running_sums(512, 3, 2)),
+        (copies(4096, 1), copies(512, 3)),
+        (selective_copies(4096, 1), selective_copies(512, 3)),
+        (inductions(4096, 1), inductions(512, 3)),
+    ):
+        seen = {tuple(row) for row in train.inputs.tolist()}  # type: ignore[union-attr]
+        assert not seen & {tuple(row) for row in test.inputs.tolist()}  # type: ignore[union-attr]
+
+
+def test_copies_and_inductions_ask_for_what_was_shown() -> None:
+    split = copies(20, 0)
+    for row, wanted in zip(split.inputs.tolist(), split.target.tolist(), strict=True):  # type: ignore[union-attr]
+        assert row[24] == 26
+        assert row[25:] == row[:23]
+        assert wanted == [-100] * 24 + row[:24]
+    split = selective_copies(20, 0)
+    for row, wanted in zip(split.inputs.tolist(), split.target.tolist(), strict=True):  # type: ignore[union-attr]
+        assert row[48:] == [17] * 8
+        assert wanted == [-100] * 48 + [token for token in row[:48] if token < 16]
+        assert row[:48].count(16) == 40
+    split = inductions(50, 0)
+    for row, wanted in zip(split.inputs.tolist(), split.target.tolist(), strict=True):  # type: ignore[union-attr]
+        first = row.index(16)
+        assert row.count(16) == 2
+        assert row[-1] == 16
+        assert wanted == [-100] * 31 + [row[first + 1]]
+
+
+def test_long_bytes_hold_the_same_text_in_longer_windows() -> None:
+    task = builtin("long-bytes")
+    for split in (task.train, task.val, task.test):
+        assert isinstance(split.inputs, Tensor)
+        assert split.inputs.shape[1] == 512
+        assert torch.equal(split.inputs[:, 1:], split.target[:, :-1])
+
+
+def test_sequential_digits_are_the_images_row_by_row() -> None:
+    images, pixels = builtin("digits-vit").test, builtin("sequential-digits").test
+    assert isinstance(images.inputs, Tensor)
+    assert isinstance(pixels.inputs, Tensor)
+    assert torch.equal(pixels.inputs[:, 8:16, 0], images.inputs[:, 0, 1])
+    assert torch.equal(pixels.target, images.target)
+
+
+def test_the_recurrent_baseline_is_causal() -> None:
+    torch.manual_seed(0)
+    model = RecurrentNet(5, 3, d_model=8, depth=2).double().eval()
+    one = torch.randint(0, 5, (2, 8))
+    two = one.clone()
+    two[:, 5:] = (two[:, 5:] + 1) % 5
+    assert torch.equal(model(one)[:, :5], model(two)[:, :5])
+    assert not torch.allclose(model(one)[:, 5:], model(two)[:, 5:])
+    pooled = RecurrentNet(5, 3, d_model=8, depth=2, pooled=True).double().eval()
+    pooled.load_state_dict(model.state_dict())
+    assert torch.equal(pooled(one), model(one)[:, -1])
 
 
 def test_bytes_scores_are_minus_bits() -> None:

@@ -93,7 +93,9 @@ def test_version(say: Callable[..., Said]) -> None:
     assert say("--version").out == f"torchgraft {torchgraft.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["fit", "apply", "measure", "list", "show", "check", "cite", "reproduce"])
+@pytest.mark.parametrize(
+    "command", ["fit", "try", "generate", "apply", "measure", "list", "show", "check", "cite", "reproduce"]
+)
 def test_help_gives_an_example(say: Callable[..., Said], command: str) -> None:
     said = say(command, "--help")
     assert said.code == 0
@@ -172,10 +174,8 @@ def test_check_runs_the_contract(say: Callable[..., Said]) -> None:
     assert len(said.out.splitlines()) == records()["distillation"].checks + 1
 
 
-@pytest.mark.parametrize(("held", "code"), [(True, 0), (False, 1)])
-def test_reproduce(
-    say: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, held: bool, code: int
-) -> None:
+@pytest.mark.parametrize("held", [True, False])
+def test_reproduce(say: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, held: bool) -> None:
     from torchgraft.claims.record import judge
 
     def experiment(seeds: Sequence[int]) -> Any:
@@ -186,7 +186,7 @@ def test_reproduce(
     monkeypatch.setitem(sys.modules, name, SimpleNamespace(run=experiment))
     monkeypatch.chdir(tmp_path)
     said = say("reproduce", "optin-pruning", "--seeds", "3,4", "--save")
-    assert said.code == code
+    assert said.code == 0, "a claim that does not hold is a result, and no failure of the program"
     kept = json.loads((tmp_path / "results" / "claims" / "optin-pruning.json").read_text())
     assert kept["seeds"] == [3, 4]
     assert kept["verdict"] == ("reproduced" if held else "not reproduced")

@@ -10,7 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Attention", "ByteTransformer", "ResidualNet", "TransformerBlock", "TwoTower", "VisionTransformer", "mlp"]
+__all__ = [
+    "Attention",
+    "ByteTransformer",
+    "RecurrentNet",
+    "ResidualNet",
+    "TransformerBlock",
+    "TwoTower",
+    "VisionTransformer",
+    "mlp",
+]
 
 
 class Attention(nn.Module):
@@ -260,6 +269,48 @@ class ByteTransformer(nn.Module):
         for block in self.blocks:
             x = block(x)
         logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+class RecurrentNet(nn.Module):
+    """An LSTM over symbols or numbers, with a linear head.
+
+    Args:
+        vocabulary: number of input symbols, or ``None`` where inputs are numbers.
+        outputs: number of answers to choose from.
+        d_model: width of embedding and LSTM.
+        depth: layers of the LSTM.
+        features: numbers a step, where inputs are numbers.
+        pooled: whether one answer is given, after the last step, or one at every step.
+
+    Shapes:
+        (B, T) integers, or (B, T, features) -> (B, T, outputs), or (B, outputs) where pooled
+
+    Example:
+        >>> RecurrentNet(3, 2, d_model=8)(torch.zeros(2, 5, dtype=torch.long)).shape
+        torch.Size([2, 5, 2])
+    """
+
+    def __init__(
+        self,
+        vocabulary: int | None,
+        outputs: int,
+        *,
+        d_model: int = 64,
+        depth: int = 1,
+        features: int = 1,
+        pooled: bool = False,
+    ) -> None:
+        super().__init__()
+        self.pooled = pooled
+        self.embed = nn.Linear(features, d_model) if vocabulary is None else nn.Embedding(vocabulary, d_model)
+        self.lstm = nn.LSTM(d_model, d_model, depth, batch_first=True)
+        self.head = nn.Linear(d_model, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits at every step, or after the last one."""
+        y, _ = self.lstm(self.embed(x))
+        logits: Tensor = self.head(y[:, -1] if self.pooled else y)
         return logits
 
 

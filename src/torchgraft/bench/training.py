@@ -26,7 +26,16 @@ from torchgraft.bench.files import read_tensors, write_tensors
 from torchgraft.bench.task import Inputs, Split, Task, call, take
 from torchgraft.errors import BadInput, UnsafeFile
 
-__all__ = ["Objective", "TrainRecord", "evaluate", "paired_drop", "score_interval", "supervised", "train"]
+__all__ = [
+    "Objective",
+    "TrainRecord",
+    "evaluate",
+    "evaluate_loss",
+    "paired_drop",
+    "score_interval",
+    "supervised",
+    "train",
+]
 
 #: ``objective(model, inputs, target, rows)`` -> scalar to minimise; ``rows`` are the samples' places in the split.
 Objective: TypeAlias = "Callable[[nn.Module, Inputs, Tensor, Tensor], Tensor]"
@@ -310,6 +319,23 @@ def evaluate(model: nn.Module, task: Task, split: Split | str) -> Tensor:
     Raises:
         BadInput: the score is not one finite number a sample.
     """
+    return torch.cat([_checked_score(task.score(o, t), len(t)) for o, t in _outputs(model, task, split)]).clone()
+
+
+def evaluate_loss(model: nn.Module, task: Task, split: Split | str) -> float:
+    """Return the mean loss of ``model`` over a split, in batches of ``task.batch_size``.
+
+    Args and errors are those of :func:`evaluate`.
+    """
+    total, samples = 0.0, 0
+    for output, target in _outputs(model, task, split):
+        total += float(task.loss(output, target)) * len(target)
+        samples += len(target)
+    return total / max(samples, 1)
+
+
+def _outputs(model: nn.Module, task: Task, split: Split | str) -> Iterator[tuple[Any, Tensor]]:
+    """Yield the output and the target of every batch, in evaluation mode; the model's mode is restored at the end."""
     if isinstance(split, str):
         if split not in ("train", "val", "test"):
             raise BadInput(f"split must be 'train', 'val' or 'test', got {split!r}")
@@ -319,17 +345,14 @@ def evaluate(model: nn.Module, task: Task, split: Split | str) -> Tensor:
     anchor = next(model.parameters(), None)
     device = anchor.device if anchor is not None else torch.device("cpu")
     modes = {module: module.training for module in model.modules()}
-    scores: list[Tensor] = []
     model.eval()
     try:
         with torch.inference_mode():
             for inputs, target in chosen.batches(task.batch_size):
-                found = task.score(call(model, _to(inputs, device)), target.to(device))
-                scores.append(_checked_score(found, len(target)))
+                yield call(model, _to(inputs, device)), target.to(device)
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return torch.cat(scores).clone()
 
 
 def _checked_score(found: Any, samples: int) -> Tensor:

@@ -37,7 +37,7 @@ CAPABILITIES = (
     *("needs-data", "needs-labels", "needs-trace", "needs-training"),
 )
 #: The order in which procedures may stand on one model; at most one procedure of each stage.
-STAGES = ("depth", "width", "rank", "precision")
+STAGES = ("mixer", "depth", "width", "rank", "precision")
 
 _KEY = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
@@ -97,7 +97,7 @@ class Card(_Frozen):
     engine: tuple[str, ...] = ("none",)
     equation: str = Field(min_length=3)
     entry: str
-    stage: Literal["depth", "width", "rank", "precision"] | None = None
+    stage: Literal["mixer", "depth", "width", "rank", "precision"] | None = None
     conflicts: dict[str, str] = {}
     capabilities: frozenset[str] = frozenset()
     declared: dict[str, str | float] = {}

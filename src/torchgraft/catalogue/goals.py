@@ -10,7 +10,13 @@ __all__ = ["GOALS", "serves"]
 _STRUCTURAL = frozenset({"depth", "width", "rank"})
 _ALL = _STRUCTURAL | {"precision"}
 #: goal -> the stages whose procedures serve it.
-_STAGES = {"latency": _ALL, "macs": _STRUCTURAL, "params": _STRUCTURAL, "memory": _STRUCTURAL, "size": _ALL}
+_STAGES = {
+    "latency": _ALL | {"mixer"},
+    "macs": _STRUCTURAL | {"mixer"},
+    "params": _STRUCTURAL,
+    "memory": _STRUCTURAL | {"mixer"},
+    "size": _ALL,
+}
 #: goal -> the families whose methods serve it.
 _FAMILIES = {"accuracy": "shrink/distill", "understanding": "analyze"}
 #: What ``torchgraft list --goal`` takes.

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import torchgraft
-from torchgraft.cli import evidence, fitting, methods
+from torchgraft.cli import evidence, fitting, methods, trying
 from torchgraft.cli.console import remark
 from torchgraft.errors import BadInput
 
@@ -36,7 +36,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _module in (fitting, methods, evidence):
+for _module in (fitting, trying, methods, evidence):
     _module.register(app)
 
 # click's base of every usage error; typer carries click inside since 0.29, so that it has no public name.

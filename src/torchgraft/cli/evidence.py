@@ -69,7 +69,7 @@ def reproduce(
     save: Annotated[bool, typer.Option("--save", help="Keep the record in results/claims/KEY.json.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The record as JSON.")] = False,
 ) -> None:
-    """Run the experiment behind a method's claim and print the verdict; exit code 1 unless it is reproduced.
+    """Run the experiment behind a method's claim and print the verdict; exit code 0 whatever the verdict is.
 
     Example: torchgraft reproduce optin --seeds 0,1,2
     """
@@ -97,8 +97,6 @@ def reproduce(
         if record.notes:
             print(f"  note      {record.notes}")
         print(f"  took      {record.seconds:.1f} s for seeds {', '.join(map(str, record.seeds))}")
-    if record.verdict != "reproduced":
-        raise typer.Exit(1)
 
 
 def register(app: typer.Typer) -> None:

@@ -84,7 +84,7 @@ def check_examples_run(subject: Subject) -> None:
 
 
 def check_module_stands_alone(subject: Subject) -> None:
-    """The method imports no sibling method; what two methods share belongs to an engine."""
+    """The method imports no sibling method; what two share is an engine's (parts of another room may be used)."""
     source = Path(inspect.getfile(subject.module))
     names: set[str] = set()
     for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
@@ -93,8 +93,11 @@ def check_module_stands_alone(subject: Subject) -> None:
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
             names.add(node.module)
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    found = {name: getattr(sys.modules.get(name), "CARD", None) for name in names - {subject.module.__name__}}
     siblings = sorted(
-        name for name in names if name != subject.module.__name__ and hasattr(sys.modules.get(name), "CARD")
+        name
+        for name, card in found.items()
+        if card is not None and (card.kind != "part" or card.family == subject.card.family)
     )
     require(not siblings, f"{subject.card.key} imports {', '.join(siblings)}")
 

@@ -8,14 +8,20 @@ from collections.abc import Callable
 
 from torchgraft.catalogue import Card
 from torchgraft.catalogue.registry import entry
-from torchgraft.contracts import cards, procedures, recovery
+from torchgraft.contracts import cards, mixers, modules, procedures, recovery
 from torchgraft.contracts.check import Check, CheckFailure, CheckResult, Subject
 from torchgraft.errors import BadInput, nearest
 
 __all__ = ["CHECKS", "checks_for", "run_check", "run_checks", "subject_of"]
 
 #: Every check there is, in the order in which they run.
-CHECKS: tuple[Check, ...] = (*cards.CHECKS, *procedures.CHECKS, *recovery.CHECKS)
+CHECKS: tuple[Check, ...] = (
+    *cards.CHECKS,
+    *procedures.CHECKS,
+    *recovery.CHECKS,
+    *modules.CHECKS,
+    *mixers.CHECKS,
+)
 
 
 def checks_for(card: Card) -> list[Check]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchgraft.contracts.check import require
 from torchgraft.engines.surgery.edits import history
 
-__all__ = ["equal", "fittings", "same_output", "same_state", "surroundings"]
+__all__ = ["close", "equal", "fittings", "same_output", "same_state", "surroundings"]
 
 
 def equal(left: Any, right: Any) -> bool:
@@ -35,6 +35,16 @@ def same_output(left: Tensor, right: Tensor, what: str) -> None:
     require(left.shape == right.shape, f"{what}: shapes {tuple(left.shape)} and {tuple(right.shape)}")
     gap = (left.double() - right.double()).abs().max().item()
     require(bool(torch.equal(left, right)), f"{what}: outputs differ by up to {gap:.3g}")
+
+
+def close(left: Tensor, right: Tensor, tolerance: float, what: str) -> None:
+    """Require that no entry differs by more than ``tolerance`` times the largest entry (or 1, if that is larger)."""
+    require(left.shape == right.shape, f"{what}: shapes {tuple(left.shape)} and {tuple(right.shape)}")
+    if left.numel() == 0:
+        return
+    left, right = left.detach().double(), right.detach().double()
+    gap = (left - right).abs().max().item() / max(1.0, right.abs().max().item())
+    require(gap <= tolerance, f"{what}: differs by {gap:.3g} of its size, {tolerance:.0e} is allowed")
 
 
 def surroundings() -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The tiny models and tasks on which procedures are checked: random weights, random data, no training."""
+"""What the checks run on: tiny models and tasks for procedures, tiny configurations of parts, random inputs.
+
+Weights and data are random; nothing is trained.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,9 @@ from torch.nn import functional as F
 
 from torchgraft.bench.task import Inputs, Split, Task, call, take
 from torchgraft.catalogue import Card
+from torchgraft.contracts.check import Subject, require
 
-__all__ = ["MODELS", "Bare", "Case", "Guarded", "Guess", "case", "output", "settings"]
+__all__ = ["MODELS", "Bare", "Case", "Guarded", "Guess", "build_part", "case", "draw_like", "output", "settings"]
 
 _CLASSES = 4
 
@@ -245,3 +249,33 @@ def output(model: nn.Module, inputs: Inputs) -> Tensor:
     with torch.no_grad():
         out: Tensor = call(model, inputs)
     return out
+
+
+def build_part(subject: Subject, *, seed: int = 0, dtype: torch.dtype = torch.float32, moved: bool = True) -> nn.Module:
+    """Return the part in the tiny configuration of its card, in eval mode.
+
+    Args:
+        subject: the part.
+        seed: of the initial values.
+        dtype: of its parameters and buffers.
+        moved: whether small random amounts are added to the parameters, so that no wrong term hides behind a zero or a
+            one that it starts from.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        part = subject.entry(**settings(subject.card))
+        require(isinstance(part, nn.Module), f"{subject.card.entry} makes a {type(part).__name__}, which is no Module")
+        module: nn.Module = part.to(dtype).eval()
+        if moved:
+            with torch.no_grad():
+                for value in module.parameters():
+                    value.add_(0.02 * torch.randn_like(value))
+    return module
+
+
+def draw_like(subject: Subject, *sizes: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a random input of the first declared shape, its leading sizes replaced by ``sizes``."""
+    require(bool(subject.card.shapes), f"the card of {subject.card.key} gives no input shape")
+    shape = subject.card.shapes[0]
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(*sizes, *shape[len(sizes) :], generator=draw, dtype=torch.float64).to(dtype)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchgraft.bench import meters
 from torchgraft.bench.meters.latency import interleaved
 from torchgraft.bench.meters.spread import Ratio, interval
-from torchgraft.bench.training import evaluate, paired_drop, score_interval
+from torchgraft.bench.training import evaluate, evaluate_loss, paired_drop, score_interval
 from torchgraft.catalogue import registry
 from torchgraft.engines import recipe
 from torchgraft.engines.surgery.edits import history
@@ -99,12 +99,15 @@ def _polish(
         progress(Progress("recover", f"recovering trial {slot} at length", position / len(chosen), trials))
         kept = _kept_model(workshop, trial, effort, folder)
         model = _load(workshop, kept / "float" if (kept / "float").exists() else kept)
-        deadline = None
+        deadline, planned = None, effort.polish_steps
         if effort.polish_seconds is not None:
             left = effort.polish_seconds - (time.monotonic() - begun)
-            deadline = time.monotonic() + max(left, 0.0) / (len(chosen) - position)
+            share = max(left, 0.0) / (len(chosen) - position)
+            deadline = time.monotonic() + share
+            # The rate of recovery falls to zero over its steps, so they are as many as this model has time for.
+            planned = max(int(0.9 * share / workshop.step_seconds(model)), 1)
         seed = slot_seed(workshop.seed, slot)
-        steps = workshop.recover(model, steps=effort.polish_steps, seed=seed + 2, deadline=deadline)
+        steps = workshop.recover(model, steps=planned, seed=seed + 2, deadline=deadline)
         finished = workshop.finish(model, strengths, seed)
         scores = workshop.score(finished)
         before = trial.user_attrs["record"]["validation"]
@@ -182,7 +185,7 @@ def _applied(workshop: Workshop, finalist: Finalist) -> list[Applied]:
         applied.append((card, strength, own))
     if applied and homes:  # edits whose home is an engine belong to the procedures that have none of their own
         shared = {module: words for own in homes.values() for module, words in own.items()}
-        by_stage = {"depth": "layer", "width": "kept", "rank": "rank"}
+        by_stage = {"mixer": "linear attention", "depth": "layer", "width": "kept", "rank": "rank"}
         for card, _, own in applied:
             word = by_stage.get(card.stage or "", "")
             mine = {m: w for m, w in shared.items() if word and word in w}
@@ -285,10 +288,20 @@ def decide(
     feasible = [c for c in shown[1:] if c.feasible] if workshop.limits else [c for c in shown if c.feasible]
     best = nearest = None
     if feasible:
-        best = max(feasible, key=lambda c: (c.validation.value, -c.costs[workshop.primary].ratio)).name
+        best = _best(workshop, feasible, {f.name: f.model for f in finalists})
     elif len(shown) > 1:
         nearest = min(shown[1:], key=lambda c: (distance(workshop, c, max_drop), -c.validation.value)).name
     return shown, {f.name: f for f in finalists}, best, nearest
+
+
+def _best(workshop: Workshop, feasible: Sequence[Candidate], models: dict[str, nn.Module]) -> str:
+    """Return the name of the best candidate: by score, then by loss, since scores tie on small splits, then by cost."""
+    top = max(candidate.validation.value for candidate in feasible)
+    tied = [candidate for candidate in feasible if candidate.validation.value == top]
+    if len(tied) == 1:
+        return tied[0].name
+    loss = {each.name: evaluate_loss(models[each.name], workshop.task, workshop.task.val) for each in tied}
+    return min(tied, key=lambda each: (loss[each.name], each.costs[workshop.primary].ratio)).name
 
 
 def _misses(workshop: Workshop, study: optuna.Study, effort: Effort) -> list[Finalist]:

@@ -6,6 +6,7 @@ measured cost comes to lie just inside the budget. A trial therefore spends its 
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ from torchgraft.fit.plan import Plan
 __all__ = ["Choice", "Made", "Workshop"]
 
 #: Which stage's strength is solved for, the first one present: the finer the dial, the sooner.
-FILLERS = ("width", "rank", "depth", "precision")
+FILLERS = ("width", "rank", "depth", "mixer", "precision")
 #: Costs that are noisy and are therefore aimed at with a margin.
 NOISY = ("latency",)
 MARGIN = 0.93
@@ -227,10 +228,15 @@ class Workshop:
             raise BadInput("the changed model's validation score is NaN or infinite")
         return scores
 
-    def step_seconds(self) -> float:
-        """Return about how long one recovery step of the original takes, measured after one step of warm-up."""
-        probe = self.task.architecture()
-        probe.load_state_dict(self.original.state_dict())
+    def step_seconds(self, model: nn.Module | None = None) -> float:
+        """Return about how long one recovery step takes, measured on a copy after one step of warm-up.
+
+        Args:
+            model: what would be recovered; by default the original.
+        """
+        probe = copy.deepcopy(model) if model is not None else self.task.architecture()
+        if model is None:
+            probe.load_state_dict(self.original.state_dict())
         self.recover(probe, steps=1, seed=self.seed)
         begun = time.perf_counter()
         self.recover(probe, steps=3, seed=self.seed)

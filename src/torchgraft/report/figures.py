@@ -18,11 +18,12 @@ from torchgraft.report.numbers import COST_NAMES, TIMES, Scale, cost_text, scale
 from torchgraft.report.page import profile_groups, shown_costs
 from torchgraft.report.records import Candidate, RunRecord
 
-__all__ = ["front_figure", "profile_figure", "to_bytes"]
+__all__ = ["STYLE", "front_figure", "profile_figure", "to_bytes"]
 
 # The colours of the page: blue and burnt orange stay apart for every common colour blindness.
 _GRAFT, _STOCK, _ZONE, _INK, _SOFT, _GRID = "#00639c", "#a84300", "#0b6b4f", "#16201d", "#52605b", "#e8ecea"
-_STYLE: Any = {
+#: Settings of every figure, for matplotlib.rc_context.
+STYLE: Any = {
     "font.family": ["DejaVu Sans"],
     "font.size": 9.0,
     "figure.facecolor": "white",
@@ -54,7 +55,7 @@ _RING: Any = {
 def to_bytes(figure: Figure, form: str) -> bytes:
     """Return ``figure`` as ``"png"`` or ``"svg"``; the same figure gives the same bytes."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         if form == "svg":
             figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": "torchgraft"})
         else:
@@ -71,7 +72,7 @@ def front_figure(candidates: Sequence[Candidate], run: RunRecord) -> Figure:
     """
     costs = shown_costs(candidates, run)
     limited = [cost for cost in costs if any(limit.cost == cost for limit in run.budget)] or costs[:1]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         columns = min(2, len(limited))
         rows = math.ceil(len(limited) / columns)
         figure = Figure(figsize=(7.2 if columns == 1 else 11.0, 4.5 * rows), layout="constrained")
@@ -199,7 +200,7 @@ def profile_figure(run: RunRecord) -> Figure:
     if profile is None:
         raise ValueError("the run holds no profile of the original")
     groups = profile["groups"]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 0.9 + 0.42 * len(groups)), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()

@@ -10,7 +10,7 @@ from pathlib import Path
 from torchgraft.bench.files import write_atomic
 from torchgraft.catalogue.registry import Record, records
 from torchgraft.errors import BadInput
-from torchgraft.report.catalogue_pages import catalogue_rows, verdict_words
+from torchgraft.report.catalogue_pages import catalogue_rows
 
 __all__ = ["main", "readme_table", "with_table"]
 
@@ -18,18 +18,14 @@ OPEN, CLOSE = "<!-- catalogue -->", "<!-- /catalogue -->"
 
 
 def readme_table(methods: Iterable[Record]) -> str:
-    """Return the Markdown table of ``methods``: key, what it is, what its claim came to."""
-    lines = ["| method | what it is | its claim |", "|---|---|---|"]
-    for members in catalogue_rows(methods).values():
-        for record in members:
-            card = record.card
-            path = f"src/{card.module_name.replace('.', '/')}.py"
-            lines.append(f"| [`{card.key}`]({path}) | {_cell(card.title)} | {verdict_words(record)} |")
+    """Return the Markdown table of ``methods``, a row a family: its methods, and how many claims were reproduced."""
+    lines = ["| family | methods | claims reproduced |", "|---|---|---|"]
+    for family, members in catalogue_rows(methods).items():
+        links = [f"[`{each.card.key}`](src/{each.card.module_name.replace('.', '/')}.py)" for each in members]
+        claims = [each.verdict for each in members if each.card.claim is not None]
+        held = f"{claims.count('reproduced')} of {len(claims)}" if claims else "baselines, no claims"
+        lines.append(f"| {family} | {', '.join(links)} | {held} |")
     return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
 def with_table(text: str, table: str) -> str:

@@ -16,7 +16,7 @@ from torchgraft.bench.meters.forward import check_forward, plain_attention, rest
 from torchgraft.bench.task import Inputs, call
 from torchgraft.errors import BadInput
 
-__all__ = ["CountingMode", "macs", "own_parameters", "params", "size"]
+__all__ = ["CountingMode", "macs", "own_parameters", "params", "register_macs", "size"]
 
 
 def own_parameters(module: nn.Module) -> list[Tensor]:
@@ -136,6 +136,16 @@ _FORMULAS: dict[str, Callable[[tuple[Any, ...], Any], int]] = {
     "onednn::qlinear_pointwise": _linear,
     "mkldnn::_linear_pointwise": _linear,
 }
+
+
+def register_macs(operator: str, formula: Callable[[tuple[Any, ...], Any], int]) -> None:
+    """Say how many multiply-accumulates an operator of one's own takes, which cannot be seen from outside it.
+
+    Args:
+        operator: its name, such as ``"torchgraft::linear_recurrence"``.
+        formula: its arguments in the order of its schema, and its result -> the number.
+    """
+    _FORMULAS[operator] = formula
 
 
 class CountingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped

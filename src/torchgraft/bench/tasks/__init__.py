@@ -17,6 +17,13 @@ _HOMES = {
     "stdlib-bytes": "stdlib_bytes:stdlib_bytes",
     "stdlib-search": "stdlib_search:stdlib_search",
     "recall": "recall:recall",
+    "parity": "running_sums:parity",
+    "modular-arithmetic": "running_sums:modular_arithmetic",
+    "copying": "copying:copying",
+    "selective-copying": "copying:selective_copying",
+    "induction": "induction:induction",
+    "long-bytes": "long_bytes:long_bytes",
+    "sequential-digits": "sequential_digits:sequential_digits",
     "wine": "tabular:wine",
     "diabetes": "tabular:diabetes",
 }

@@ -16,10 +16,11 @@ from torchgraft.bench.task import Split, Task
 from torchgraft.bench.tasks.baseline import Settings, cached_weights, seeded
 from torchgraft.bench.training import supervised
 
-__all__ = ["answered", "recall", "recall_loss", "sequences"]
+__all__ = ["IGNORED", "answered", "recall", "recall_loss", "sequences"]
 
 _PAIRS, _KEYS = 8, 32
-_IGNORED = -100
+#: The target where nothing is asked.
+IGNORED = -100
 _SETTINGS = Settings(
     steps=600,
     batch_size=64,
@@ -43,18 +44,18 @@ def sequences(samples: int, seed: int) -> Split:
     asked = torch.rand(samples, _PAIRS, generator=generator).argsort(dim=1)
     shown = torch.stack([keys, values], dim=2).flatten(1)  # (N, 16)
     tokens = torch.cat([shown, keys.gather(1, asked)], dim=1)
-    target = torch.cat([torch.full_like(shown, _IGNORED), values.gather(1, asked)], dim=1)
+    target = torch.cat([torch.full_like(shown, IGNORED), values.gather(1, asked)], dim=1)
     return Split(tokens, target)
 
 
 def recall_loss(output: Tensor, target: Tensor) -> Tensor:
     """Return the mean cross-entropy over the queries; (B, T, V), (B, T) -> scalar."""
-    return F.cross_entropy(output.flatten(0, 1), target.flatten(), ignore_index=_IGNORED)
+    return F.cross_entropy(output.flatten(0, 1), target.flatten(), ignore_index=IGNORED)
 
 
 def answered(output: Tensor, target: Tensor) -> Tensor:
     """Return the share of right answers of every sample; (B, T, V), (B, T) -> (B,)."""
-    asked = target != _IGNORED
+    asked = target != IGNORED
     right = (output.argmax(dim=-1) == target) & asked
     return right.sum(dim=1).float() / asked.sum(dim=1).clamp(min=1)
 

@@ -21,7 +21,7 @@ from torchgraft.bench.tasks.stdlib import source_files
 from torchgraft.bench.training import supervised
 from torchgraft.errors import BadInput
 
-__all__ = ["byte_loss", "minus_bits", "stdlib_bytes", "unigram_bits"]
+__all__ = ["byte_loss", "byte_splits", "minus_bits", "stdlib_bytes", "unigram_bits"]
 
 _CONTEXT = 128
 _FILE_BYTES = 24_000
@@ -47,25 +47,38 @@ def unigram_bits(train: Split, test: Split) -> float:
     return float(-(counts / counts.sum()).log2()[test.target.flatten()].mean())
 
 
-def _windows(files: list[bytes], most: int) -> Split:
+def _windows(files: list[bytes], most: int, context: int) -> Split:
     """Return at most ``most`` windows of the files, evenly spaced: inputs (N, T), next bytes (N, T)."""
-    pieces = [
-        data[start : start + _CONTEXT + 1] for data in files for start in range(0, len(data) - _CONTEXT, _CONTEXT)
-    ]
+    pieces = [data[start : start + context + 1] for data in files for start in range(0, len(data) - context, context)]
     if not pieces:
         raise BadInput("the standard library's sources are too short to learn from; use another built-in task")
     count = min(most, len(pieces))
     chosen = b"".join(pieces[index * len(pieces) // count] for index in range(count))
-    text = torch.frombuffer(bytearray(chosen), dtype=torch.uint8).long().view(count, _CONTEXT + 1)
+    text = torch.frombuffer(bytearray(chosen), dtype=torch.uint8).long().view(count, context + 1)
     return Split(text[:, :-1].contiguous(), text[:, 1:].contiguous())
+
+
+def byte_splits(context: int, train: int, held_out: int) -> tuple[Split, Split, Split]:
+    """Return windows of the library's sources for training, validation and test.
+
+    Args:
+        context: bytes a window, T.
+        train: most windows for training.
+        held_out: most windows for validation, and for test.
+    """
+    parts: tuple[list[bytes], list[bytes], list[bytes]] = ([], [], [])
+    for index, path in enumerate(source_files()):
+        parts[{3: 1, 7: 2}.get(index % 10, 0)].append(path.read_bytes()[:_FILE_BYTES])
+    return (
+        _windows(parts[0], train, context),
+        _windows(parts[1], held_out, context),
+        _windows(parts[2], held_out, context),
+    )
 
 
 def stdlib_bytes(seed: int = 0) -> Task:
     """Return a causal transformer on bytes: width 96, four blocks, a context of 128."""
-    parts: tuple[list[bytes], list[bytes], list[bytes]] = ([], [], [])
-    for index, path in enumerate(source_files()):
-        parts[{3: 1, 7: 2}.get(index % 10, 0)].append(path.read_bytes()[:_FILE_BYTES])
-    train, val, test = _windows(parts[0], _TRAIN), _windows(parts[1], _HELD_OUT), _windows(parts[2], _HELD_OUT)
+    train, val, test = byte_splits(_CONTEXT, _TRAIN, _HELD_OUT)
     text = hashlib.sha256(train.target.numpy().tobytes()).hexdigest()[:12]
     settings = Settings(**{**_SETTINGS.__dict__, "data": (("text", text),)})
     architecture = seeded(lambda: ByteTransformer(256, _CONTEXT, d_model=96, depth=4, num_heads=4, spread=0.3), seed)

@@ -1,0 +1,1 @@
+"""Modules that are put inside a network."""

@@ -1,0 +1,1 @@
+"""Blocks and whole small networks that take any mixer."""
