@@ -78,8 +78,12 @@ def rate(count: int = 200) -> float:
     a, b = torch.randn(32, 64, 64), torch.randn(32, 64, 64)
     out = torch.empty_like(a)
     best = 0.0
+
+    def product() -> None:
+        torch.bmm(a, b, out=out)
+
     for _ in range(3):
-        seconds = sorted(row[0] for row in rounds([lambda: torch.bmm(a, b, out=out) and None], count))[count // 2]
+        seconds = sorted(row[0] for row in rounds([product], count))[count // 2]
         best = max(best, 2 * 32 * 64**3 / seconds)
     return best
 

@@ -1,10 +1,11 @@
 """LightNet on digits as a grid of 8 x 8 pixels, beside linear attention with fixed decays in one scan and in four.
 
-Three blocks of width 64, equal steps, the same data and settings for all; the mean over all positions is classified.
+Two blocks of width 32, equal steps, the same data and settings for all; the mean over all positions is classified.
 LightNet is the mixer without an order of tokens, with MD-LRPE in it and MD-TPE once on the input. One scan reads row by
 row; four scans read rows and columns, forwards and backwards, from one set of projections, and their results are summed
-before the norm. The learning rate is the default of ``train_mixer``. A step's time is the median over
-forward, backward and update of a batch of 32, of all methods in turn.
+before the norm. A step's time is the median over forward, backward and update of a batch of 32, of all methods in turn.
+A first run with three blocks of width 64, 90 steps and a rate of 3e-3 left LightNet and the four scans at chance, which
+compares nothing; sizes, steps and rate were chosen anew on seed 100, outside the claim. The thresholds did not move.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ from torchgraft.parts.mixers.lightning_attention_2 import LightningAttention
 
 __all__ = ["run"]
 
-_LR = 3e-3
+_WIDTH = 32
+_LR = 1e-2
+#: Share of right answers below which a method has not learned the task, so that nothing is compared.
+_LEARNED = 0.5
 _GRID = (8, 8)
 
 
@@ -70,9 +74,9 @@ class _WithPositions(nn.Module):
 def _model(mixer: Callable[[int], Mixer], seed: int, *, tpe: bool = False) -> SequenceModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = SequenceModel(64, 3, mixer, in_features=1, outputs=10, pool="mean", hidden=128)
+        model = SequenceModel(_WIDTH, 2, mixer, in_features=1, outputs=10, pool="mean", hidden=64)
         if tpe:
-            model.embed = _WithPositions(model.embed, 64)
+            model.embed = _WithPositions(model.embed, _WIDTH)
     return model
 
 
@@ -100,7 +104,7 @@ def _step_times(models: dict[str, SequenceModel], split: Split, rounds: int) -> 
     return {name: median(times) for name, times in spent.items()}
 
 
-def run(seeds: Sequence[int] = (0, 1, 2), steps: int = 90, rounds: int = 5, lr: float = _LR) -> ClaimRecord:
+def run(seeds: Sequence[int] = (0, 1, 2), steps: int = 250, rounds: int = 5, lr: float = _LR) -> ClaimRecord:
     """Run the claim.
 
     Args:
@@ -125,6 +129,7 @@ def run(seeds: Sequence[int] = (0, 1, 2), steps: int = 90, rounds: int = 5, lr: 
     over_one = 100 * (mean["accuracy, lightnet"] - mean["accuracy, one scan"])
     over_four = 100 * (mean["accuracy, lightnet"] - mean["accuracy, four scans"])
     cost = mean["milliseconds a step, lightnet"] / mean["milliseconds a step, four scans"]
+    learned = max(mean[f"accuracy, {name}"] for name in ("lightnet", "one scan", "four scans"))
     return judge(
         CARD.key,
         CARD.claim.figure if CARD.claim is not None else "",
@@ -141,4 +146,5 @@ def run(seeds: Sequence[int] = (0, 1, 2), steps: int = 90, rounds: int = 5, lr: 
         },
         seeds=seeds,
         seconds=time.perf_counter() - begun,
+        inconclusive="" if learned >= _LEARNED else "no method learned the task in these steps",
     )

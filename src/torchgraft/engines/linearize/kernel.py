@@ -137,8 +137,8 @@ def normalized_linear(
     if causal:
         read, memory = with_state(phi_q, phi_k, both, state=memory, form=form, chunk=chunk)
     else:
-        memory = torch.einsum("bshf,bshv->bhfv", phi_k, both)
-        read = torch.einsum("bthf,bhfv->bthv", phi_q, memory)
+        memory = phi_k.permute(0, 2, 3, 1) @ both.transpose(1, 2)  # (B, H, F, V + 1)
+        read = (phi_q.transpose(1, 2) @ memory).transpose(1, 2)
     return read[..., :-1] / read[..., -1:].clamp_min(_LEAST), memory
 
 

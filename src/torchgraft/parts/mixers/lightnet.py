@@ -57,7 +57,7 @@ CARD = Card(
         "MD-TPE before its norm is linear and a Toeplitz filter along each axis",
     ),
     claim=Claim(
-        text="Digits as a grid of 8 x 8 pixels, three blocks of width 64, equal steps: LightNet against linear "
+        text="Digits as a grid of 8 x 8 pixels, two blocks of width 32, equal steps: LightNet against linear "
         "attention with fixed decays in one scan, and in four.",
         figure="accuracy >= 1 scan + 1 point and >= 4 scans - 1 point, at <= 40% of the time of a step with 4 scans",
     ),
