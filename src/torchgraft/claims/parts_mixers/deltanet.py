@@ -24,7 +24,10 @@ from torchgraft.engines.recurrence.mixer import State
 from torchgraft.parts.blocks.sequence_model import SequenceModel
 from torchgraft.parts.mixers.deltanet import CARD, DeltaNet
 
-__all__ = ["run"]
+__all__ = ["TIMED", "run"]
+
+#: Its verdict rests on times, which a busy machine may change.
+TIMED = True
 
 _WRITES, _POOL, _SYMBOLS, _QUERIES = 16, 12, 32, 32
 #: Writes, keys they come from, queries, steps, learning rate: from short sequences to the ones that are tested.

@@ -1,0 +1,60 @@
+"""The end of a run: which of several candidates is the best, and how long the last recovery is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from torchgraft.bench.tasks import load_task
+from torchgraft.bench.training import evaluate_loss
+from torchgraft.fit import finals
+from torchgraft.fit.plan import make_plan
+from torchgraft.fit.workshop import Workshop
+
+
+def candidate(name: str, validation: float, ratio: float) -> Any:
+    return SimpleNamespace(
+        name=name, validation=SimpleNamespace(value=validation), costs={"macs": SimpleNamespace(ratio=ratio)}
+    )
+
+
+@pytest.mark.parametrize(
+    ("losses", "ratios", "best"),
+    [
+        ({"a": 0.1, "b": 0.3}, {"a": 0.6, "b": 0.4}, "a"),  # of equal scores the lower loss
+        ({"a": 0.2, "b": 0.2}, {"a": 0.6, "b": 0.4}, "b"),  # of equal losses the lower cost
+    ],
+)
+def test_ties_of_the_score_are_broken_by_loss_then_cost(
+    losses: dict[str, float], ratios: dict[str, float], best: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = {name: nn.Identity() for name in (*losses, "worse")}
+    names = {id(model): name for name, model in models.items()}
+    monkeypatch.setattr(finals, "evaluate_loss", lambda model, *_: losses[names[id(model)]])
+    workshop: Any = SimpleNamespace(task=SimpleNamespace(val=None), primary="macs")
+    feasible = [*(candidate(name, 0.9, ratios[name]) for name in losses), candidate("worse", 0.8, 0.1)]
+    assert finals._best(workshop, feasible, models) == best
+
+
+def test_the_loss_of_a_split_is_the_mean_over_its_samples(task_file: Path) -> None:
+    task = load_task(str(task_file))
+    model = task.architecture()
+    model.train()
+    wanted = nn.functional.cross_entropy(model(task.val.inputs), task.val.target)
+    assert len(task.val) % task.batch_size  # the last batch is a smaller one
+    assert evaluate_loss(model, task, "val") == pytest.approx(float(wanted.detach()), rel=1e-6)
+    assert model.training
+
+
+def test_a_step_is_timed_on_a_copy(task_file: Path) -> None:
+    task = load_task(str(task_file))
+    workshop = Workshop(task, task.trained(), make_plan(task.trained(), task), [], ["macs"])
+    model = task.architecture()
+    before = [parameter.clone() for parameter in model.parameters()]
+    assert workshop.step_seconds(model) > 0
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
