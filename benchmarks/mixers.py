@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -376,9 +377,10 @@ def main() -> None:
         return
     torch.set_num_threads(chosen.threads)
     record = json.loads(chosen.out.read_text()) if chosen.out.exists() else {}
-    record |= {"machine": f"{platform.machine()}, {chosen.threads} threads", "torch": torch.__version__}
+    record |= {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__}
     for section in chosen.sections:
         record[section] = globals()[section](chosen.rounds)
+        record.setdefault("threads", {})[section] = 1 if section == "memory" else chosen.threads
         write_atomic(chosen.out, json.dumps(record, indent=1) + "\n")
     console = Console(width=200)
     for table in tables(record):
