@@ -17,8 +17,10 @@ derivative of the gates: it is the sum, from its token to the end of the chunk, 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +29,9 @@ from torchgraft.bench.meters.counts import register_macs
 from torchgraft.engines.recurrence.gates import Gates, Operand, gates_of
 
 __all__ = ["chunk_form"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 #: Bytes of one operand of a block: a handful of them stay in a core's cache.
 BLOCK_BYTES = 512 * 1024
@@ -267,7 +272,20 @@ def _advance(state: Tensor, added: Tensor, whole: Tensor | None, index: int, out
         torch.mul(state, whole[index], out=out).add_(added)
 
 
+def _exactly(function: Callable[P, R]) -> Callable[P, R]:
+    """Return ``function`` with autocast off inside it; its first argument is a tensor."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = next(arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor))
+        with torch.autocast(first.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
+
+
 @torch.library.custom_op("torchgraft::linear_recurrence", mutates_args=())
+@_exactly
 def chunk_form(
     q: Tensor,
     k: Tensor,
@@ -284,20 +302,6 @@ def chunk_form(
         q, k: (B, T, H, K); v: (B, T, H, V); log_decay: (B, T, H, K) or (B, T, H, 1); beta: (B, T, H);
         state: (B, H, K, V) -> (B, T, H, V), (B, H, K, V), (blocks, B, H, K, V).
     """
-    with torch.autocast(q.device.type, enabled=False):
-        return _forward(q, k, v, log_decay, beta, scale, state, chunk)
-
-
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    scale: float,
-    state: Tensor,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor]:
     layout, dtype = _layout(q, v, chunk), _math(v.dtype)
     output = v.new_empty(v.shape)
     last = state.new_empty(state.shape)
@@ -331,23 +335,8 @@ def _(
 
 
 @torch.library.custom_op("torchgraft::linear_recurrence_backward", mutates_args=())
+@_exactly
 def _backward(
-    grad: Tensor,
-    grad_last: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    scale: float,
-    kept: Tensor,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(q.device.type, enabled=False):
-        return _all_gradients(grad, grad_last, q, k, v, log_decay, beta, scale, kept, chunk)
-
-
-def _all_gradients(
     grad: Tensor,
     grad_last: Tensor,
     q: Tensor,
