@@ -1,8 +1,9 @@
-"""Weights as functions of parameters, and folding: weights made of parts, or followed by a norm, become plain again.
+"""Weights as functions of parameters, and folding: weights made of parts, or beside a norm, become plain again.
 
 A :class:`Spec` says which parts a weight is made of and how; :func:`parametrize` puts it on a layer by
 ``torch.nn.utils.parametrize``. :func:`fold` takes it off again, and multiplies batch norms in eval mode into the
-convolution or linear layer before them. Folded and unfolded models compute the same function.
+convolution or linear layer before them, or behind them (:mod:`torchgraft.engines.normalize.fold`). Folded and unfolded
+models compute the same function.
 """
 
 from __future__ import annotations
@@ -184,16 +185,19 @@ def spec_of(layer: nn.Module, tensor: str = "weight") -> tuple[Spec, ...]:
     return tuple(one.spec for one in made if isinstance(one, _Made))
 
 
-def fold(layer_or_model: _Module, example: Inputs | None = None) -> _Module:
-    """Make every tensor that torchgraft parametrised plain, and multiply batch norms into the layers before them.
+def fold(layer_or_model: _Module, example: Inputs | None = None, *, affine: bool = True) -> _Module:
+    """Make every tensor that torchgraft parametrised plain, and multiply norms into the layers before or behind them.
 
     It works in place, takes off what it folds (a folded norm becomes ``nn.Identity``), and leaves the function that the
-    model computes in eval mode as it was. Parametrisations of other origin stay. Norms are folded only where
-    :func:`norm_pairs` finds it safe, and only in a model that is in eval mode.
+    model computes in eval mode as it was. Parametrisations of other origin stay. Norms are folded only in a model that
+    is in eval mode, and only where that is exact: a batch norm into the convolution or linear layer before it where
+    :func:`norm_pairs` finds it safe, else into the linear layers and unpadded convolutions behind it where they are its
+    only readers. A layer norm or RMS norm whose readers are all linear layers stays, without gain and shift.
 
     Args:
         layer_or_model: the module.
         example: inputs on which the model can be traced, to find the norms that are not in an ``nn.Sequential``.
+        affine: whether gains and shifts of layer norms and RMS norms are folded.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2)).eval()
@@ -212,6 +216,9 @@ def fold(layer_or_model: _Module, example: Inputs | None = None) -> _Module:
     if not layer_or_model.training:
         for before, norm in norm_pairs(layer_or_model, example):
             _fold_norm(layer_or_model, before, norm)
+        from torchgraft.engines.normalize.fold import fold_forward  # norms may be made of specs, so not at import
+
+        fold_forward(layer_or_model, example, affine=affine)
     return layer_or_model
 
 
