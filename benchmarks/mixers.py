@@ -23,8 +23,7 @@ import os
 import platform
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,9 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
+from paired import Call, peak_bytes, ratio, reset_peak, rounds, shown
 from torchgraft.bench.files import write_atomic
-from torchgraft.bench.meters.spread import Ratio, interval
+from torchgraft.bench.meters.spread import interval
 from torchgraft.catalogue import cards
 from torchgraft.catalogue.registry import entry
 from torchgraft.engines.recurrence.linear import linear_recurrence, with_state
@@ -50,28 +50,6 @@ LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 LONGEST_SOFTMAX = 8192
 LOOP = 4096
 SECTIONS = ("engine", "step", "memory", "modules")
-Call = Callable[[], None]
-
-
-def rounds(calls: Sequence[Call], count: int) -> list[list[float]]:
-    """Return seconds of each call, (rounds, calls), in turns, after a warm-up of each."""
-    for call in calls:
-        call()
-    found = []
-    for turn in range(count):
-        row = [0.0] * len(calls)
-        order = range(len(calls)) if turn % 2 == 0 else reversed(range(len(calls)))
-        for place in order:
-            begun = time.perf_counter()
-            calls[place]()
-            row[place] = time.perf_counter() - begun
-        found.append(row)
-    return found
-
-
-def ratio(rows: list[list[float]], over: int, under: int) -> Ratio:
-    """Return the interval of the ratio of two columns."""
-    return interval([row[over] / row[under] for row in rows])
 
 
 def rate(count: int = 200) -> float:
@@ -210,14 +188,6 @@ def step(count: int) -> dict[str, Any]:
     return found
 
 
-def peak_bytes() -> int:
-    """Return the largest resident size of this process since the mark was last reset."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("the kernel does not say the peak resident size")
-
-
 def memory_child(name: str, tokens: int) -> None:
     """Print the peak growth of forward and backward, and the bytes of inputs, outputs and gradients."""
     torch.set_num_threads(1)
@@ -226,7 +196,7 @@ def memory_child(name: str, tokens: int) -> None:
     leaves = {key: x.requires_grad_() for key, x in given.items()}
     weight = torch.ones_like(given["v"])
     held = sum(x.nbytes for x in [*leaves.values(), weight])
-    Path("/proc/self/clear_refs").write_text("5")
+    reset_peak()
     before = peak_bytes()
     output = linear_recurrence(**leaves)
     gradients = torch.autograd.grad(output, list(leaves.values()), weight)  # type: ignore[arg-type]
@@ -292,11 +262,6 @@ def modules(count: int) -> dict[str, Any]:
             found[key] = {"not measured": str(error).splitlines()[0]}
         print(key, found[key], flush=True)
     return found
-
-
-def shown(value: list[float]) -> str:
-    """Return a ratio with its interval."""
-    return f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]"
 
 
 def tables(record: dict[str, Any]) -> list[Table]:

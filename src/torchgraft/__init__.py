@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torchgraft.engines.surgery import SwapReport, swap
     from torchgraft.errors import BadInput
     from torchgraft.fit import FitResult, fit
+    from torchgraft.parts.blocks.attention_names import register_attention
     from torchgraft.parts.blocks.sequence_model import SequenceModel
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ _HOMES = {
     "load_task": "torchgraft.bench.tasks",
     "measure": "torchgraft.bench.meters",
     "parametrize": "torchgraft.engines.parametrize",
+    "register_attention": "torchgraft.parts.blocks.attention_names",
     "swap": "torchgraft.engines.surgery",
     "try_": "torchgraft.compare",
 }
@@ -59,6 +61,7 @@ __all__ = [
     "load_task",
     "measure",
     "parametrize",
+    "register_attention",
     "swap",
     "try_",
 ]

@@ -239,7 +239,7 @@ def test_the_recurrent_baseline_is_causal() -> None:
     assert not torch.allclose(model(one)[:, 5:], model(two)[:, 5:])
     pooled = RecurrentNet(5, 3, d_model=8, depth=2, pooled=True).double().eval()
     pooled.load_state_dict(model.state_dict())
-    assert torch.equal(pooled(one), model(one)[:, -1])
+    assert torch.allclose(pooled(one), model(one)[:, -1], rtol=0.0, atol=1e-14)  # other products of matrices
 
 
 def test_bytes_scores_are_minus_bits() -> None:

@@ -15,13 +15,16 @@ def _rows(count: int, *, overwrite: bool) -> Rows:
     return Rows(slice(0, 1), slice(0, count), place[:1], place, overwrite=overwrite)
 
 
-@pytest.mark.parametrize(("least", "most"), [(-27.0, 79.0), (-86.9, 60.0), (-40.0, 500.0), (-300.0, -0.1)])
+@pytest.mark.parametrize(
+    ("least", "most"), [(-6.9, 79.0), (-27.0, 79.0), (-86.9, 60.0), (-40.0, 500.0), (-300.0, -0.1)]
+)
 def test_in_place_is_as_accurate_as_torch(least: float, most: float) -> None:
     s = torch.linspace(least, most, 40_001)[None, None, None]
     wanted = F.softplus(s.double(), threshold=700.0)
     found = softplus(s.clone(), _rows(40_001, overwrite=True)).double()
     normal = s > -86.9  # below, float32 has no numbers of full precision
-    assert ((found - wanted).abs() / wanted)[normal].max() < 1e-6
+    rounding = 6e-8 if least > -7.0 else 0.0  # of 1 + e^s
+    assert (((found - wanted).abs() - rounding) / wanted)[normal].max() < 1e-6
     assert (found[~normal] < 2e-38).all()
 
 
@@ -38,7 +41,7 @@ def test_it_writes_only_where_it_may() -> None:
     assert torch.equal(plain, F.softplus(kept))
     written = softplus(s, _rows(8, overwrite=True))
     assert written.data_ptr() == s.data_ptr()
-    torch.testing.assert_close(written, plain, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(written, plain, rtol=1e-6, atol=6e-8)
 
 
 def test_no_key_and_what_is_no_number_pass_through() -> None:
@@ -63,10 +66,10 @@ def test_blocks_without_a_gradient_equal_the_matrix() -> None:
 def test_signs_count_unless_there_are_none() -> None:
     torch.manual_seed(0)
     q, k = torch.randn(1, 6, 1, 4), torch.randn(1, 6, 1, 4)
-    weights = attention_weights(q, k, normalize=l1)
+    weights = attention_weights(q, k, normalize=L1(signed=True))
     assert (weights < 0).any()
     torch.testing.assert_close(weights.abs().sum(-1), torch.ones(1, 1, 6))
-    unsigned = attention_weights(q, k, normalize=L1(signed=False))
+    unsigned = attention_weights(q, k, normalize=l1)
     torch.testing.assert_close(unsigned.sum(-1), torch.ones(1, 1, 6), rtol=1e-4, atol=1e-4)
 
 

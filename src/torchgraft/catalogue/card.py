@@ -34,7 +34,10 @@ ENGINES = (
 )
 CAPABILITIES = (
     *("causal", "stateful", "linear-time", "permutation-equivariant", "invertible", "foldable", "compilable"),
+    *("attention-interface", "pooling", "grid", "channels-first"),
     *("needs-data", "needs-labels", "needs-trace", "needs-training"),
+    *("batch-independent", "train-eval-equal", "running-statistics", "scale-invariant", "shift-invariant"),
+    *("equals-replaced", "padding-mask"),
 )
 #: The order in which procedures may stand on one model; at most one procedure of each stage.
 STAGES = ("mixer", "depth", "width", "rank", "precision")

@@ -446,7 +446,8 @@ def check_long_extreme_input_stays_finite(subject: Subject) -> None:
 
 
 def _is_mixer(card: Card) -> bool:
-    return card.kind == "part" and card.family == "parts/mixers"
+    # What pools tokens, or mixes those of a grid of its own shape, maps no (B, T, D) to (B, T, D).
+    return card.kind == "part" and card.family == "parts/mixers" and not card.capabilities & {"pooling", "grid"}
 
 
 def _declares(*capabilities: str) -> Any:

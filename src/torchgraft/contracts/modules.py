@@ -31,8 +31,13 @@ EXACT = 1e-9
 SINGLE = 1e-3
 #: Rounding of bfloat16 (8 bits) through a tiny module, as a share of the output's norm.
 HALF = 0.05
-#: What the checks know how to measure of ``card.declared``.
-MEASURED = ("parameters",)
+#: What the checks know how to measure of ``card.declared``; ``replaces`` is measured by the contract of norms.
+MEASURED = ("parameters", "replaces")
+#: Arguments that say how large a part is, and cannot be 0.
+_SIZES = (
+    *("d_model", "num_heads", "channels", "out_channels", "normalized_shape", "num_codes", "pairs", "hidden", "groups"),
+    *("landmarks", "branches", "tokens", "k1"),
+)
 
 _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: operator.add,
@@ -220,7 +225,8 @@ def check_every_parameter_gets_a_gradient(subject: Subject) -> None:
 def check_gradients_are_the_derivatives(subject: Subject) -> None:
     """In float64 the gradients of input and parameters equal finite differences (torch's gradcheck)."""
     module = build_part(subject, dtype=torch.float64)
-    x = draw_like(subject, 1, 5, dtype=torch.float64).requires_grad_()
+    sizes = (1, 5) if len(subject.card.shapes[0]) == 3 else (1,)
+    x = draw_like(subject, *sizes, dtype=torch.float64).requires_grad_()
     names = [name for name, value in module.named_parameters() if value.requires_grad]
     values = [module.get_parameter(name) for name in names]
 
@@ -414,7 +420,9 @@ def check_memory_layout_does_not_matter(subject: Subject) -> None:
 def check_wrong_shape_is_refused(subject: Subject) -> None:
     """An input of another width or number of dimensions is refused by a one-line BadInput."""
     module, x = build_part(subject), _input(subject)
-    wrong = {"too wide": torch.cat([x, x[..., :1]], -1), "too narrow": x[..., :-1], "no batch": x[0], "deeper": x[None]}
+    axis = 1 if "channels-first" in subject.card.capabilities else x.ndim - 1
+    one, rest = x.narrow(axis, 0, 1), x.narrow(axis, 1, x.shape[axis] - 1)
+    wrong = {"too wide": torch.cat([x, one], axis), "too narrow": rest, "no batch": x[0], "deeper": x[None]}
     for name, value in wrong.items():
         refused(lambda value=value: module(value), f"an input {name}, {tuple(value.shape)},")  # type: ignore[misc]
 
@@ -428,8 +436,8 @@ def check_integers_are_refused(subject: Subject) -> None:
 def check_bad_settings_are_refused(subject: Subject) -> None:
     """Each size of the example set to 0 or -1 is refused by a one-line BadInput when the part is built."""
     example = settings(subject.card)
-    sizes = [name for name in ("d_model", "num_heads") if name in example]
-    require(bool(sizes), "the example gives neither d_model nor num_heads")
+    sizes = [name for name in _SIZES if name in example]
+    require(bool(sizes), f"the example gives no size: none of {', '.join(_SIZES)}")
     for name in sizes:
         for value in (0, -1):
             refused(lambda name=name, value=value: subject.entry(**{**example, name: value}), f"{name}={value}")  # type: ignore[misc]

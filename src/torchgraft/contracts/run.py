@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from torchgraft.catalogue import Card
 from torchgraft.catalogue.registry import entry
-from torchgraft.contracts import cards, mixers, modules, procedures, recovery
+from torchgraft.contracts import attention, cards, memories, mixers, modules, norms, procedures, recovery
 from torchgraft.contracts.check import Check, CheckFailure, CheckResult, Subject
 from torchgraft.errors import BadInput, nearest
 
@@ -21,6 +21,9 @@ CHECKS: tuple[Check, ...] = (
     *recovery.CHECKS,
     *modules.CHECKS,
     *mixers.CHECKS,
+    *attention.CHECKS,
+    *memories.CHECKS,
+    *norms.CHECKS,
 )
 
 

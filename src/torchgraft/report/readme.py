@@ -18,9 +18,15 @@ OPEN, CLOSE = "<!-- catalogue -->", "<!-- /catalogue -->"
 
 
 def readme_table(methods: Iterable[Record]) -> str:
-    """Return the Markdown table of ``methods``, a row a family: its methods, and how many claims were reproduced."""
+    """Return the Markdown table of ``methods``, a row a family: its methods, and how many claims were reproduced.
+
+    Rooms of one family share a row, except those of ``parts``.
+    """
     lines = ["| family | methods | claims reproduced |", "|---|---|---|"]
-    for family, members in catalogue_rows(methods).items():
+    rows: dict[str, list[Record]] = {}
+    for family, each in catalogue_rows(methods).items():
+        rows.setdefault(family if family.startswith("parts/") else family.partition("/")[0], []).extend(each)
+    for family, members in rows.items():
         links = [f"[`{each.card.key}`](src/{each.card.module_name.replace('.', '/')}.py)" for each in members]
         claims = [each.verdict for each in members if each.card.claim is not None]
         held = f"{claims.count('reproduced')} of {len(claims)}" if claims else "baselines, no claims"

@@ -9,6 +9,7 @@ from torchgraft.engines.attention.rows import Rows
 from torchgraft.engines.attention.stages import (
     L1,
     Chain,
+    Divided,
     Dot,
     Gaussian,
     Normalize,
@@ -37,6 +38,7 @@ __all__ = [
     "Both",
     "Causal",
     "Chain",
+    "Divided",
     "Dot",
     "Form",
     "Gaussian",

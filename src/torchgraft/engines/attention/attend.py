@@ -105,7 +105,7 @@ def attend(
     seed = int(torch.randint(1 << 62, ())) if dropout else 0
     pipeline = Pipeline(score, transform, normalize, scale, whole, dropout, seed)
     small = form == "auto" and torch.is_grad_enabled() and q.shape[:3].numel() * k.shape[1] <= _SMALL
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):
         if form == "dense" or small:
             mixed = _dense(pipeline, queries, keys, values, places)
         else:

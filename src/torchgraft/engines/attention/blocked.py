@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from torchgraft.engines.attention.masks import Mask
 from torchgraft.engines.attention.rows import Rows
-from torchgraft.engines.attention.stages import Normalize, Score, Transform, learned, rebuilt
+from torchgraft.engines.attention.stages import Divided, Normalize, Score, Transform, learned, rebuilt
 from torchgraft.errors import BadInput
 
 __all__ = ["Pipeline", "Places", "attend_by_blocks", "default_scale", "weights_of"]
@@ -75,19 +75,25 @@ class Pipeline:
 
     def weights(self, q: Tensor, k: Tensor, rows: Rows) -> Tensor:
         """Return the weights of a block: (B, H, t, K), (B, H, s, K) -> (B, H, t, s)."""
+        return self.normalize(self.transformed(q, k, rows), rows)
+
+    def transformed(self, q: Tensor, k: Tensor, rows: Rows) -> Tensor:
+        """Return the scores of a block after the transform, (B, H, t, s)."""
         s = self.score(q, k, self.scale)
-        if self.transform is not None:
-            s = self.transform(s, rows)
-        return self.normalize(s, rows)
+        return s if self.transform is None else self.transform(s, rows)
 
     def mixed(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
         """Return the output of a block: ... and (B, H, s, V) -> (B, H, t, V)."""
-        weights = self.weights(q, k, rows)
+        sums: Tensor | None = None
+        if isinstance(self.normalize, Divided):
+            weights, sums = self.normalize.parts(self.transformed(q, k, rows), rows)
+        else:
+            weights = self.weights(q, k, rows)
         if self.dropout > 0.0:
             draw = torch.Generator(q.device).manual_seed(self.seed + rows.queries.start)
             kept = torch.rand(weights.shape, generator=draw, device=q.device) >= self.dropout
             weights = weights * kept / (1.0 - self.dropout)
-        return weights @ v
+        return weights @ v if sums is None else (weights @ v) / sums
 
 
 def _stretch(first: int, last: int, mask: Mask | None, places: Places) -> tuple[int, int]:

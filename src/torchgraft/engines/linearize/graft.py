@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.bench.models import Attention as PlainAttention
+from torchgraft.engines.attention.mixer import AttentionMixer
 from torchgraft.engines.linearize.kernel import Heads, Kernel, Watch, softmax_attention
 from torchgraft.engines.recurrence.heads import merge_heads, split_heads
-from torchgraft.engines.recurrence.mixer import StatefulMixer
+from torchgraft.engines.recurrence.mixer import Mixer
 from torchgraft.engines.surgery.convert import Attention as OpenAttention
 from torchgraft.errors import BadInput
 
@@ -270,13 +271,12 @@ def form_of(module: nn.Module) -> Form | None:
         >>> form_of(nn.Linear(8, 8)) is None
         True
     """
-    if isinstance(module, StatefulMixer):
-        names = {name for name, _ in module.named_children()}
-        if names != {"qkv", "out"} or not hasattr(module, "rotary"):
+    if isinstance(module, AttentionMixer):
+        if not module.softmax or not module.causal or module.num_kv_heads != module.num_heads:
             return None
-        heads = int(module.num_heads)  # type: ignore[arg-type]  # recognised by its parts, which the engine cannot import
-        size = module.d_model // heads
-        return Form(None, heads, size, size, True, module.d_model)
+        return Form(None, module.num_heads, module.key_size, module.key_size, True, module.d_model)
+    if isinstance(module, Mixer):
+        return None
     if type(module) is PlainAttention:
         value_size = module.value.out_features // module.num_heads
         width = module.query.in_features

@@ -10,15 +10,13 @@ Departures: no dropout and no biases.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from typing import ClassVar
+
+from torch import Tensor
 
 from torchgraft.catalogue.card import Card
-from torchgraft.engines.recurrence.distance import rotary
-from torchgraft.engines.recurrence.heads import head_size, merge_heads, split_heads
-from torchgraft.engines.recurrence.mixer import State, StatefulMixer
-from torchgraft.errors import BadInput
+from torchgraft.engines.attention import attend
+from torchgraft.engines.attention.mixer import AttentionMixer
 
 __all__ = ["CARD", "SoftmaxAttention"]
 
@@ -29,7 +27,7 @@ CARD = Card(
     reference="https://arxiv.org/abs/1706.03762",
     family="parts/mixers",
     kind="part",
-    engine=("none",),
+    engine=("attention",),
     equation="o_t = sum_{s <= t} softmax_s(R_t q_t . R_s k_s / sqrt(K)) v_s",
     entry="SoftmaxAttention",
     capabilities=frozenset({"causal", "stateful", "compilable"}),
@@ -53,19 +51,22 @@ CARD = Card(
 )
 
 
-class SoftmaxAttention(StatefulMixer):
-    """Multi-head causal attention whose state, the keys and values so far, grows with every token.
+class SoftmaxAttention(AttentionMixer):
+    """Multi-head attention whose state, the keys and values so far, grows with every token.
 
     Args:
         d_model: the width D.
         num_heads: H; divides ``d_model``.
+        num_kv_heads: heads of keys and values, each shared by as many heads of queries; by default H.
         rotary: whether queries and keys are turned by their position; without it the order of the tokens before the
             current one does not count.
+        causal: whether a token sees itself and those before it only; otherwise all see all, and there is no state.
 
     Shapes:
         (B, T, D) -> (B, T, D)
 
     Example:
+        >>> import torch
         >>> mixer = SoftmaxAttention(8, num_heads=2)
         >>> y, state = mixer.prefill(torch.randn(1, 3, 8))
         >>> y.shape, state["k"].shape
@@ -75,35 +76,8 @@ class SoftmaxAttention(StatefulMixer):
         BadInput: ``num_heads`` does not divide ``d_model``, or heads of odd size shall be rotated.
     """
 
-    def __init__(self, d_model: int, *, num_heads: int = 4, rotary: bool = True) -> None:
-        super().__init__(d_model)
-        size = head_size(d_model, num_heads)
-        if rotary and size % 2:
-            raise BadInput(f"rotary needs an even head size, got d_model / num_heads = {size}")
-        self.num_heads, self.rotary = num_heads, rotary
-        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
-        self.out = nn.Linear(d_model, d_model, bias=False)
+    softmax: ClassVar[bool] = True
 
-    def init_state(self, batch_size: int) -> State:
-        """Return a cache of no tokens."""
-        empty = self.out.weight.new_zeros(batch_size, 0, self.num_heads, self.d_model // self.num_heads)
-        return {"k": empty, "v": empty.clone()}
-
-    def prefill(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Attend from ``x``, (B, T, D), to what is cached and to itself; return the output and the longer cache."""
-        self.checked(x)
-        q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))  # (B, T, H, K)
-        before = 0 if state is None else state["k"].shape[1]
-        if self.rotary:
-            place = torch.arange(before, before + x.shape[1], device=x.device)[None]
-            q, k = rotary(q, place), rotary(k, place)
-        if state is not None:
-            k, v = torch.cat([state["k"].to(k.dtype), k], dim=1), torch.cat([state["v"].to(v.dtype), v], dim=1)
-        mask = None
-        if before and x.shape[1] > 1:
-            mask = torch.ones(x.shape[1], k.shape[1], dtype=torch.bool, device=x.device).tril(before)
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=not before
-        )
-        mixed: Tensor = self.out(merge_heads(y.transpose(1, 2)))
-        return mixed, {"k": k, "v": v}
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return what softmax weights mix."""
+        return attend(q, k, v, causal=self.causal)

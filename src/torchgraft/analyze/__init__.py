@@ -1,0 +1,1 @@
+"""Measure what a network does: attribution, circuits, representations, landscapes."""

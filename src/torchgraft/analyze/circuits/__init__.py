@@ -1,0 +1,1 @@
+"""Circuits: what single heads and units do, and when."""

@@ -1,0 +1,1 @@
+"""Learning in context: what a transformer does with the examples before its query."""

@@ -1,0 +1,1 @@
+"""Generative models: samplers, and surgery on models that sample."""

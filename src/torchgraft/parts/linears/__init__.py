@@ -1,0 +1,1 @@
+"""Modules that stand for a linear layer or a feed-forward block."""

@@ -1,0 +1,1 @@
+"""Modules that store and retrieve: associative memories, codebooks, bottlenecks of keys and values."""

@@ -1,0 +1,1 @@
+"""Normalisation layers, and conversions of the norms of a model that exists."""
