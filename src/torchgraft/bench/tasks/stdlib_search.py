@@ -159,7 +159,7 @@ def stdlib_search(seed: int = 0) -> Task:
         name="stdlib-search",
         batch_size=_BATCH,
         learning_rate=settings.lr,
-        reference=0.38,
+        reference=0.4,
         source="stdlib-search",
         weights=cached_weights(
             "stdlib-search", seed, settings, build=architecture, split=train, objective=supervised(contrast)
