@@ -12,11 +12,10 @@ Run: ``python benchmarks/norms.py [--threads 2] [--rounds 15] [--out results/nor
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from paired import Call
+from paired import rounds as timed
 from torchgraft.bench.files import write_atomic
 from torchgraft.bench.meters.spread import interval
 from torchgraft.catalogue import Card, cards
@@ -35,7 +36,6 @@ from torchgraft.parts.norms.weight_standardization_bcn import BatchChannelNorm
 TOKENS, IMAGES = (64, 128, 512), (64, 64, 32, 32)
 #: Times this much of torch's are allowed.
 MOST = 1.3
-Call = Callable[[], None]
 
 
 class _ChannelsLast(nn.Module):
@@ -66,21 +66,6 @@ def both_ways(module: nn.Module, x: Tensor, upstream: Tensor) -> tuple[Tensor, .
     return (out.detach(), *torch.autograd.grad(out, [leaf, *used], upstream, allow_unused=True))
 
 
-def interleaved(calls: list[Call], rounds: int) -> list[list[float]]:
-    """Return seconds of each call, (rounds, calls), in turns, after two warm-ups of each."""
-    for call in calls * 2:
-        call()
-    found = []
-    for turn in range(rounds):
-        row = [0.0] * len(calls)
-        for place in range(len(calls)) if turn % 2 == 0 else reversed(range(len(calls))):
-            begun = time.perf_counter()
-            calls[place]()
-            row[place] = time.perf_counter() - begun
-        found.append(row)
-    return found
-
-
 def compared(norm: nn.Module, torchs: nn.Module, shape: tuple[int, ...], rounds: int, *, equal: bool) -> dict[str, Any]:
     """Return the ratio of the times with its interval, or why there is none."""
     draw = torch.Generator().manual_seed(0)
@@ -93,8 +78,8 @@ def compared(norm: nn.Module, torchs: nn.Module, shape: tuple[int, ...], rounds:
         gap = max(float((one - other).abs().max() / other.abs().max()) for one, other in zip(*results, strict=True))
         if gap > 1e-4:
             return {"refused": f"differs from torch's by {gap:.2g}"}
-    calls: list[Call] = [lambda module=module: both_ways(module, x, upstream) and None for module in pair]  # type: ignore[misc]
-    rows = interleaved(calls, rounds)
+    calls: list[Call] = [functools.partial(both_ways, module, x, upstream) for module in pair]
+    rows = timed(calls, rounds)
     ratio = interval([row[0] / row[1] for row in rows])
     return {"ratio": round(ratio.value, 3), "low": round(ratio.low, 3), "high": round(ratio.high, 3)}
 

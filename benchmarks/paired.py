@@ -10,7 +10,7 @@ from torchgraft.bench.meters.spread import Ratio, interval
 
 __all__ = ["Call", "peak_bytes", "ratio", "reset_peak", "rounds", "shown"]
 
-Call = Callable[[], None]
+Call = Callable[[], object]
 
 
 def rounds(calls: Sequence[Call], count: int) -> list[list[float]]:
