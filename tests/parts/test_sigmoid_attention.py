@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchgraft.engines.attention import attention_weights, l1, softmax, unnormalized
+from torchgraft.engines.attention import L1, Transform, attend, attention_weights, softmax, unnormalized
 from torchgraft.errors import BadInput
 from torchgraft.parts.blocks.attention_names import attention_names, register_attention
 from torchgraft.parts.mixers import relu_attention, sigmoid_attention
@@ -42,6 +42,21 @@ def test_both_equal_the_written_out_matrices(causal: bool) -> None:
             torch.autograd.grad(expected.square().sum(), [q, k, v], retain_graph=True),
             strict=True,
         ):
+            assert torch.allclose(left, right, atol=1e-12)
+
+
+@pytest.mark.parametrize("transform", [log_count_sigmoid, relu_attention.mean_relu])
+def test_blocks_count_the_keys_that_a_row_sees(transform: Transform) -> None:
+    q, k, v = heads()
+    found = []
+    for form in ("dense", "blocks"):
+        out = attend(q, k, v, transform=transform, normalize=unnormalized, causal=True, form=form, rows=4)
+        found.append([out, *torch.autograd.grad(out.square().sum(), [q, k, v])])
+    with torch.no_grad():
+        options = {"transform": transform, "normalize": unnormalized, "causal": True, "form": "blocks", "rows": 4}
+        found.append([attend(q, k, v, **options)])
+    for other in found[1:]:
+        for left, right in zip(found[0], other, strict=False):
             assert torch.allclose(left, right, atol=1e-12)
 
 
@@ -84,11 +99,11 @@ def test_normalised_rows_tend_to_softmax() -> None:
     q, k, _ = (x.detach() for x in heads())
     expected = attention_weights(q, k, normalize=softmax)
     gaps = []
-    for bias in (-2.0, -8.0, -15.0):
-        found = attention_weights(q, k, transform=sigmoid_attention._fixed(bias), normalize=l1)
+    for bias in (-2.0, -8.0, -25.0):
+        found = attention_weights(q, k, transform=sigmoid_attention._fixed(bias), normalize=L1(eps=0.0))
         gaps.append(float((found - expected).abs().max()))
     assert gaps[0] > gaps[1] > gaps[2]
-    assert gaps[2] < 1e-4
+    assert gaps[2] < 1e-7
 
 
 def test_negative_scores_give_relu_attention_nothing() -> None:
