@@ -37,10 +37,11 @@ CAPABILITIES = (
     *("attention-interface", "pooling", "grid", "channels-first"),
     *("needs-data", "needs-labels", "needs-trace", "needs-training"),
     *("batch-independent", "train-eval-equal", "running-statistics", "scale-invariant", "shift-invariant"),
-    *("equals-replaced", "padding-mask"),
+    *("equals-replaced", "padding-mask", "elastic"),
 )
 #: The order in which procedures may stand on one model; at most one procedure of each stage.
-STAGES = ("mixer", "depth", "width", "rank", "precision")
+#: "weights" is the form of single weights (sparse, binary, few values) under which the model goes on training.
+STAGES = ("mixer", "depth", "width", "rank", "weights", "precision")
 
 _KEY = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
@@ -71,7 +72,8 @@ class Card(_Frozen):
         authors: authors and year, such as ``"Khaki and Plataniotis, 2024"``.
         reference: address of the paper.
         family: one of :data:`FAMILIES`.
-        kind: a ``part`` of a network, a ``procedure`` on a whole model, or an ``analysis`` of one.
+        kind: a ``part`` of a network, a ``procedure`` on a whole model, an ``analysis`` of one, or a ``tool`` that
+            makes or trains a model in a way of its own and has no dial that ``fit`` could turn.
         engine: the shared engines that it stands on.
         equation: the paper's equation in the library's letters.
         entry: name of the public class or function in the same module.
@@ -96,11 +98,11 @@ class Card(_Frozen):
     authors: str
     reference: str = Field(pattern=r"^https?://")
     family: str
-    kind: Literal["part", "procedure", "analysis"]
+    kind: Literal["part", "procedure", "analysis", "tool"]
     engine: tuple[str, ...] = ("none",)
     equation: str = Field(min_length=3)
     entry: str
-    stage: Literal["mixer", "depth", "width", "rank", "precision"] | None = None
+    stage: Literal["mixer", "depth", "width", "rank", "weights", "precision"] | None = None
     conflicts: dict[str, str] = {}
     capabilities: frozenset[str] = frozenset()
     declared: dict[str, str | float] = {}

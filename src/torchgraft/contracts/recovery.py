@@ -129,7 +129,7 @@ def check_bad_steps_are_refused(subject: Subject) -> None:
 
 
 def _recovers(card: Card) -> bool:
-    return card.kind == "procedure" and card.stage is None
+    return card.kind == "procedure" and card.stage is None and "elastic" not in card.capabilities
 
 
 CHECKS = tuple(

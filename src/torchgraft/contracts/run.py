@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from torchgraft.catalogue import Card
 from torchgraft.catalogue.registry import entry
-from torchgraft.contracts import attention, cards, memories, mixers, modules, norms, procedures, recovery
+from torchgraft.contracts import attention, cards, elastic, memories, mixers, modules, norms, procedures, recovery
 from torchgraft.contracts.check import Check, CheckFailure, CheckResult, Subject
 from torchgraft.errors import BadInput, nearest
 
@@ -19,6 +19,7 @@ CHECKS: tuple[Check, ...] = (
     *cards.CHECKS,
     *procedures.CHECKS,
     *recovery.CHECKS,
+    *elastic.CHECKS,
     *modules.CHECKS,
     *mixers.CHECKS,
     *attention.CHECKS,

@@ -27,7 +27,7 @@ from torchgraft.fit.plan import Plan
 __all__ = ["Choice", "Made", "Workshop"]
 
 #: Which stage's strength is solved for, the first one present: the finer the dial, the sooner.
-FILLERS = ("width", "rank", "depth", "mixer", "precision")
+FILLERS = ("width", "rank", "weights", "depth", "mixer", "precision")
 #: Costs that are noisy and are therefore aimed at with a margin.
 NOISY = ("latency",)
 MARGIN = 0.93
