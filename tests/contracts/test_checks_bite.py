@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from torchgraft.bench.task import Task
 from torchgraft.catalogue import Card
-from torchgraft.contracts import CHECKS, Subject, attention, checks_for, memories, mixers, modules, norms
+from torchgraft.contracts import CHECKS, Subject, attention, checks_for, elastic, memories, mixers, modules, norms
 from torchgraft.contracts.run import run_check
 from torchgraft.engines.procedure import Procedure, Site, ignored
 from torchgraft.engines.surgery.edits import Edit, apply_edits
@@ -545,5 +545,5 @@ def test_broken_card_is_caught(name: str, what: str, tmp_path: Path) -> None:
 
 def test_every_check_has_a_toy_that_it_catches() -> None:
     shown = {*BROKEN, *BROKEN_RECOVERY, *BROKEN_CARDS, "removed-equals-masked"}
-    elsewhere = (*modules.CHECKS, *mixers.CHECKS, *attention.CHECKS, *memories.CHECKS, *norms.CHECKS)
+    elsewhere = (*elastic.CHECKS, *modules.CHECKS, *mixers.CHECKS, *attention.CHECKS, *memories.CHECKS, *norms.CHECKS)
     assert shown == set(CHECK) - {check.name for check in elsewhere}

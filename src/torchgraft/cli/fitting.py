@@ -79,6 +79,9 @@ def fit(
     cost: Annotated[list[str] | None, typer.Option(help="Costs to measure besides those of the budget.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the outputs; by default runs/TASK.")] = None,
     export: Annotated[str | None, typer.Option(help="Also write the best model as onnx or torch.")] = None,
+    elastic: Annotated[
+        bool, typer.Option("--elastic", help="One model with several budgets, which set_budget switches.")
+    ] = False,
     procedures: Annotated[
         list[str] | None, typer.Option(help="Keys of the only procedures to try.", autocompletion=known_keys)
     ] = None,
@@ -108,12 +111,16 @@ def fit(
                 costs=_split(cost) or None,
                 procedures=_split(procedures) or None,
                 export=export,
+                elastic=elastic,
                 progress=show,
             )
     except KeyboardInterrupt:
         remark(f"stopped; finished trials are kept, and the same command goes on: {shlex.join(_typed())}")
         raise typer.Exit(STOPPED) from None
     _print_front(result)
+    if result.record.contributions:
+        rows = [(row.key, str(row.models), f"{row.lost_without:.1%}") for row in result.record.contributions]
+        print_table(("method", "models on the front", "lost without it"), rows)
     for note in result.record.notes:
         print(note)
     print(f"report: {result.folder / 'report.html'}")

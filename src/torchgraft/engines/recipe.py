@@ -20,6 +20,7 @@ from torch import nn
 from torchgraft.bench.files import pack_tensors, unpack_tensors, write_atomic
 from torchgraft.bench.task import Task
 from torchgraft.bench.tasks import load_task
+from torchgraft.engines.nesting import ElasticModule
 from torchgraft.engines.surgery.edits import apply_edits, edit_from_record, edit_to_record, history
 from torchgraft.errors import BadInput, UnsafeFile
 
@@ -44,6 +45,7 @@ class Recipe(BaseModel):
         costs: what was measured, for the reader; nothing is computed from it.
         validation: validation score, for the reader.
         recovery_steps: how many steps of recovery by distillation the model has had.
+        budget: for an elastic model, the budget that it is set to when it is rebuilt.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -60,6 +62,7 @@ class Recipe(BaseModel):
     costs: dict[str, str] = {}
     validation: float | None = None
     recovery_steps: int = 0
+    budget: float | None = None
 
 
 def save(
@@ -72,6 +75,7 @@ def save(
     costs: Mapping[str, str] | None = None,
     validation: float | None = None,
     recovery_steps: int = 0,
+    budget: float | None = None,
 ) -> Path:
     """Write ``model.safetensors`` and ``recipe.yaml`` into ``folder`` and return the path of the recipe.
 
@@ -84,6 +88,7 @@ def save(
         costs: cost -> words, for the reader.
         validation: validation score, for the reader.
         recovery_steps: steps of recovery by distillation, for the reader and for citing.
+        budget: for an elastic model, the budget that it is set to when it is rebuilt.
 
     Raises:
         BadInput: the disk is full; a recipe that was there before is still whole.
@@ -102,6 +107,7 @@ def save(
         costs=dict(costs or {}),
         validation=validation,
         recovery_steps=recovery_steps,
+        budget=budget,
     )
     write_atomic(folder / recipe.weights, data)
     path = folder / "recipe.yaml"
@@ -170,6 +176,10 @@ def rebuild(recipe: Recipe, architecture: nn.Module, folder: Path | str) -> nn.M
                 f"{tuple(theirs.shape)} {theirs.dtype} in the file"
             )
     model.load_state_dict(tensors)
+    if recipe.budget is not None:
+        if not isinstance(model, ElasticModule):
+            raise BadInput(f"the recipe sets a budget of {recipe.budget:g}, yet its edits make no elastic model")
+        model.set_budget(recipe.budget)
     return model.eval()
 
 

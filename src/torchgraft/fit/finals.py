@@ -22,7 +22,8 @@ from torchgraft.catalogue import registry
 from torchgraft.engines import recipe
 from torchgraft.engines.surgery.edits import history
 from torchgraft.fit import storage
-from torchgraft.fit.pareto import front
+from torchgraft.fit.contribution import gains
+from torchgraft.fit.pareto import front, hypervolume
 from torchgraft.fit.search import Effort, Progress, run_trial, slot_seed, trial_folder
 from torchgraft.fit.workshop import NOISY, Choice, Workshop
 from torchgraft.report.records import Applied, Candidate, CostRecord, Interval, NotHelped, Trial
@@ -83,6 +84,13 @@ def _ranked(workshop: Workshop, study: optuna.Study) -> list[optuna.trial.Frozen
     return sorted(complete, key=lambda t: (-t.user_attrs["record"]["validation"], t.user_attrs[storage.SLOT]))
 
 
+def _volume(workshop: Workshop, trial: optuna.trial.FrozenTrial) -> float:
+    """Return how much a trial alone holds of the space of score and costs."""
+    record = trial.user_attrs["record"]
+    ratios = [record["ratios"][cost] for cost in workshop.costs]
+    return hypervolume([gains(record["validation"], ratios, float(workshop.validation.mean()))])
+
+
 def _polish(
     workshop: Workshop,
     chosen: Sequence[optuna.trial.FrozenTrial],
@@ -137,7 +145,7 @@ def _side_by_side(workshop: Workshop, models: Sequence[nn.Module]) -> tuple[np.n
             return seconds, ratios
 
 
-def _costs(workshop: Workshop, finalists: Sequence[Finalist]) -> list[dict[str, CostRecord]]:
+def costs_of(workshop: Workshop, finalists: Sequence[Finalist]) -> list[dict[str, CostRecord]]:
     example = workshop.task.example
     records: list[dict[str, CostRecord]] = [{} for _ in finalists]
     exact = [cost for cost in workshop.costs if cost not in NOISY]
@@ -206,7 +214,7 @@ def _within(workshop: Workshop, costs: dict[str, CostRecord]) -> bool:
     return all(costs[limit.cost].ratio_high <= workshop.bound(limit.cost) * (1 + 1e-9) for limit in workshop.limits)
 
 
-def _candidate(
+def candidate_of(
     workshop: Workshop, finalist: Finalist, costs: dict[str, CostRecord], max_drop: float | None
 ) -> Candidate:
     original = finalist.name == "original"
@@ -266,7 +274,8 @@ def decide(
     """
     original = Finalist("original", workshop.original, {}, 0, workshop.validation)
     ranked = _ranked(workshop, study)
-    finalists = [original, *_polish(workshop, ranked[: effort.finalists], effort, folder, progress, trials)]
+    worthy = ranked if workshop.limits else sorted(ranked, key=lambda trial: -_volume(workshop, trial))
+    finalists = [original, *_polish(workshop, worthy[: effort.finalists], effort, folder, progress, trials)]
     progress(Progress("measure", "measuring side by side", None, trials))
     points = [
         (t.user_attrs["record"]["validation"], [t.user_attrs["record"]["ratios"][c] for c in workshop.costs])
@@ -280,8 +289,8 @@ def decide(
         finalists.append(Finalist(f"trial-{slot}", model, strengths, effort.steps, workshop.score(model)))
     if not ranked:
         finalists += _misses(workshop, study, effort)
-    costs = _costs(workshop, finalists)
-    candidates = [_candidate(workshop, f, c, max_drop) for f, c in zip(finalists, costs, strict=True)]
+    costs = costs_of(workshop, finalists)
+    candidates = [candidate_of(workshop, f, c, max_drop) for f, c in zip(finalists, costs, strict=True)]
     # The original always stands on the front; among the others only those that nothing beats, and the recovered ones.
     beaten = front([(c.validation.value, [c.costs[k].ratio for k in workshop.costs]) for c in candidates])
     shown = [c for i, c in enumerate(candidates) if i == 0 or i in beaten or finalists[i].polished]

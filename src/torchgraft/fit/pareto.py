@@ -1,10 +1,10 @@
-"""Which candidates no other candidate beats."""
+"""Which candidates no other candidate beats, and how much they hold together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["front"]
+__all__ = ["front", "hypervolume"]
 
 
 def front(points: Sequence[tuple[float, Sequence[float]]]) -> list[int]:
@@ -34,3 +34,26 @@ def front(points: Sequence[tuple[float, Sequence[float]]]) -> list[int]:
         if not beaten:
             kept.append(i)
     return kept
+
+
+def hypervolume(points: Sequence[Sequence[float]]) -> float:
+    """Return the volume that ``points`` dominate above the origin: how much a front holds, as one number.
+
+    Args:
+        points: gains, higher is better, all of one length; what lies below the origin adds nothing.
+
+    Example:
+        >>> hypervolume([(2.0, 1.0), (1.0, 2.0), (1.0, 1.0)])
+        3.0
+    """
+    inside = [tuple(point) for point in points if all(value > 0 for value in point)]
+    if not inside:
+        return 0.0
+    if len(inside[0]) == 1:
+        return float(max(value for (value,) in inside))
+    volume, ordered = 0.0, sorted(inside, key=lambda point: -point[-1])
+    for place, point in enumerate(ordered):  # slices of the last axis, from the top down
+        floor = ordered[place + 1][-1] if place + 1 < len(ordered) else 0.0
+        if point[-1] > floor:
+            volume += (point[-1] - floor) * hypervolume([other[:-1] for other in ordered[: place + 1]])
+    return volume

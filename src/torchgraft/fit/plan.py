@@ -13,6 +13,7 @@ from torchgraft.catalogue import registry
 from torchgraft.catalogue.card import STAGES, Card
 from torchgraft.engines.procedure import Procedure, Site
 from torchgraft.errors import BadInput, Untraceable, nearest
+from torchgraft.fit.experience import price
 from torchgraft.report.records import Refused
 
 __all__ = ["Plan", "check_combination", "make_plan"]
@@ -133,15 +134,8 @@ def make_plan(
             continue
         plan.stages.setdefault(card.stage or "", {})[card.key] = procedure
         plan.sites[card.key] = sites
-    verdicts = {key: record.verdict for key, record in registry.records().items()}
-
-    def rank(key: str, procedure: Procedure) -> tuple[bool, bool, bool, int]:
-        """What is quick comes first, then what has been shown to work, then what looks at the data."""
-        blind = "needs-data" not in procedure.card.capabilities
-        return procedure.expense > 1, verdicts.get(key) != "reproduced", blind, procedure.expense
-
     plan.stages = {
-        stage: dict(sorted(plan.stages[stage].items(), key=lambda item: rank(*item)))
+        stage: dict(sorted(plan.stages[stage].items(), key=lambda item: price(item[0], item[1].expense)))
         for stage in STAGES
         if stage in plan.stages
     }

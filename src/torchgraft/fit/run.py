@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
+import functools
 import logging
-import platform
-import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from time import monotonic
 
-import torch
-
 from torchgraft.bench import meters
-from torchgraft.bench.files import pack_tensors, write_atomic
 from torchgraft.bench.task import Task
 from torchgraft.bench.tasks import load_task
 from torchgraft.engines import recipe
 from torchgraft.errors import BadInput, nearest
 from torchgraft.fit import finals, storage
 from torchgraft.fit.budget import Limit, parse_budget, parse_duration
-from torchgraft.fit.export import export_model
+from torchgraft.fit.contribution import contributions
+from torchgraft.fit.elastic import fit_elastic
+from torchgraft.fit.outputs import make_record, note_settings, write_outputs
 from torchgraft.fit.plan import make_plan
 from torchgraft.fit.result import FitResult
 from torchgraft.fit.search import Effort, Progress, search, trial_records
 from torchgraft.fit.workshop import NOISY, Workshop
-from torchgraft.report import records, render
 
 __all__ = ["fit"]
 
@@ -71,34 +63,6 @@ def _effort(
     return Effort(trials, 0.55 * seconds, 0.35 * seconds, steps, polish, finalists=2)
 
 
-def _fingerprint(task: Task, workshop: Workshop, settings: Mapping[str, object]) -> str:
-    weights = hashlib.sha256(pack_tensors(workshop.original.state_dict())).hexdigest()
-    text = json.dumps({"task": task.name, "weights": weights, **settings}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _same_settings(folder: Path, fingerprint: str, settings: Mapping[str, object]) -> None:
-    """Refuse a folder that holds a run with other settings; note the settings where there is none."""
-    path = folder / "settings.json"
-    if path.exists():
-        try:
-            written = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            written = {}
-        if written.get("fingerprint") == fingerprint:
-            return
-        before = written.get("settings", {})
-        changed = [k for k, v in settings.items() if json.loads(json.dumps(v, default=str)) != before.get(k)]
-        what = ", ".join(changed) or "the model's weights or the version of torchgraft"
-        raise BadInput(f"{folder} holds a run with other settings ({what}); choose another --out or delete it")
-    write_atomic(path, json.dumps({"fingerprint": fingerprint, "settings": settings}, indent=1, default=str) + "\n")
-
-
-def _command() -> str:
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]] if sys.argv and sys.argv[0] else ["python"]
-    return shlex.join(words)
-
-
 def fit(
     task: Task | str,
     *,
@@ -115,6 +79,7 @@ def fit(
     procedures: Sequence[str] | None = None,
     export: str | None = None,
     data: str | Path | None = None,
+    elastic: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> FitResult:
     """Bring a model to a measured budget.
@@ -136,6 +101,9 @@ def fit(
         procedures: the only procedures to try, by key.
         export: also write the best model as ``"onnx"`` or ``"torch"`` (``torch.export``).
         data: data file, for ``hf:DIR``.
+        elastic: make one model with several budgets (:class:`~torchgraft.engines.nesting.ElasticModule`), which
+            ``set_budget`` switches at run time, instead of one model; ``procedures`` are then elastic ones. A budget
+            chooses at which of its budgets the saved model stands.
         progress: called with every step of the run.
 
     Returns:
@@ -165,6 +133,27 @@ def fit(
     folder = Path(out) if out is not None else Path("runs") / task.name
     tell(Progress("prepare", "training the baseline where it is not kept yet, and measuring it"))
     original = task.trained()
+    if elastic:
+        if trials is not None or study is not None:
+            raise BadInput("an elastic fit has no trials to count or share; leave out trials and study")
+        result = fit_elastic(
+            task,
+            original,
+            limits,
+            measured,
+            folder,
+            tell,
+            seconds=seconds,
+            max_drop=max_drop,
+            seed=seed,
+            training=training,
+            ignore=ignore,
+            wanted=procedures,
+            export=export,
+            begun=begun,
+        )
+        tell(Progress("done", "done", 1.0, tuple(result.record.trials)))
+        return result
     plan = make_plan(original, task, wanted=procedures, ignore=ignore, training=training, costs=measured)
     workshop = Workshop(task, original, plan, limits, measured, ignore=ignore, seed=seed)
     settings: dict[str, object] = {
@@ -177,9 +166,7 @@ def fit(
         "procedures": list(plan.procedures),
         "torchgraft": version("torchgraft"),
     }
-    fingerprint = _fingerprint(task, workshop, settings)
-    with storage.folder_lock(folder):
-        _same_settings(folder, fingerprint, settings)
+    fingerprint = note_settings(folder, workshop, settings)
     effort = _effort(workshop, seconds=seconds, trials=trials, training=training, deterministic=deterministic)
     shared = storage.open_study(study, folder, f"{task.name}-{fingerprint}")
     search(workshop, shared, effort, folder, tell)
@@ -189,77 +176,32 @@ def fit(
     front = finals.score_on_test(workshop, front, finalists, chosen)
     front = [c.model_copy(update={"best": c.name == best}) for c in front]
     model = finalists[best].model if best is not None else None
-    profile = {"original": _profile(workshop, original)}
-    if model is not None:
-        profile["best"] = _profile(workshop, model)
-    record = records.RunRecord(
-        task=task.name,
-        command=_command(),
-        budget=[
-            records.Limit(
-                cost=limit.cost,
-                text=limit.text,
-                limit=limit.absolute(workshop.baseline.readings[limit.cost].value),
-                ratio=workshop.bound(limit.cost),
-            )
-            for limit in limits
-        ],
-        max_drop=max_drop,
-        costs=list(measured),
-        seed=seed,
-        threads=torch.get_num_threads(),
-        machine=f"{platform.processor() or platform.machine()}, {platform.system()}",
-        torch=torch.__version__,
-        torchgraft=version("torchgraft"),
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        seconds=monotonic() - begun,
-        reference=task.reference,
+    record = make_record(
+        workshop,
+        max_drop,
+        begun,
         trials=list(finished),
-        profile=profile,
         refused=plan.refused,
         not_helped=finals.not_helped(workshop, finished, max_drop),
-        notes=[],
-        feasible=best is not None,
+        contributions=contributions(front, finished, [limit.cost for limit in limits] or measured),
         nearest=near,
         best=best,
+        model=model,
     )
-    failed: BadInput | None = None
-    with storage.folder_lock(folder):
-        if model is not None and best is not None:
-            winner = next(candidate for candidate in front if candidate.best)
-            recipe.save(
-                model,
-                folder,
-                task=task.source,
-                seed=seed,
-                procedures=finalists[best].strengths,
-                costs={cost: f"{found.ratio:.3f}x" for cost, found in winner.costs.items()},
-                validation=winner.validation.value,
-                recovery_steps=finalists[best].steps,
-            )
-        else:
-            for stale in ("recipe.yaml", "model.safetensors"):
-                with contextlib.suppress(FileNotFoundError):
-                    (folder / stale).unlink()
-        if model is not None and export is not None:
-            try:
-                record.notes.append(export_model(model, task.example, folder, export))
-            except BadInput as error:  # everything else of the run is written before this is raised
-                failed = error
-                record.notes.append(f"export failed: {error}")
-        write_atomic(folder / records.FRONT, records.dump_front(front))
-        write_atomic(folder / records.RUN, records.dump_run(record))
-        render(folder)
-    if failed is not None:
-        raise failed
+    kept = None
+    if model is not None and best is not None:
+        winner = next(candidate for candidate in front if candidate.best)
+        kept = functools.partial(
+            recipe.save,
+            model,
+            folder,
+            task=task.source,
+            seed=seed,
+            procedures=finalists[best].strengths,
+            costs={cost: f"{found.ratio:.3f}x" for cost, found in winner.costs.items()},
+            validation=winner.validation.value,
+            recovery_steps=finalists[best].steps,
+        )
+    write_outputs(folder, front, record, kept, model, task, export)
     tell(Progress("done", "done", 1.0, finished))
     return FitResult(front, record, folder, model)
-
-
-def _profile(workshop: Workshop, model: torch.nn.Module) -> list[records.ProfileRow]:
-    return [
-        records.ProfileRow(
-            module=row.name, type=row.type, ms=row.milliseconds, share=row.share, params=row.params, macs=row.macs
-        )
-        for row in meters.profile(model, workshop.task.example)
-    ]

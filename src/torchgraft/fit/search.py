@@ -8,7 +8,7 @@ import logging
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from torchgraft.catalogue.card import STAGES
 from torchgraft.engines import recipe
 from torchgraft.errors import BadInput
 from torchgraft.fit import storage
+from torchgraft.fit.experience import price
 from torchgraft.fit.plan import Plan, check_combination
 from torchgraft.fit.workshop import FILLERS, Choice, Made, Workshop
 from torchgraft.report.records import Trial
@@ -32,6 +33,8 @@ NONE = "none"
 STARTUP = 10
 #: A trial is stopped early only when at least this many others have come as far.
 QUORUM = 4
+#: How many times the least price a procedure may have and still be tried before the sampler takes over.
+DEAR = 25.0
 
 _logger = logging.getLogger("torchgraft")
 
@@ -79,23 +82,42 @@ def slot_seed(seed: int, slot: int) -> int:
     return int(np.random.SeedSequence([seed, slot]).generate_state(1)[0])
 
 
-def opening(plan: Plan) -> list[Choice]:
+def opening(plan: Plan, trials: Sequence[Trial] = (), original: float = 1.0) -> list[Choice]:
     """Return the first choices: one procedure of each stage alone, then natural pairs, then the other procedures.
 
-    Stages come in their order, which is also that of cost: a cut in depth needs no trace and no scores.
+    Stages come in their order, which is also that of cost: a cut in depth needs no trace and no scores. The other
+    procedures come in the order of their price (:mod:`torchgraft.fit.experience`), which what the first choices have
+    shown decides too; those that cost more than ``DEAR`` times the best of all are left to the sampler.
+
+    Args:
+        plan: what may be done.
+        trials: finished trials of this run.
+        original: the original's validation score.
     """
-    alone: list[Choice] = []
-    columns = [[(stage, key) for key in members] for stage, members in plan.stages.items()]
-    for row in range(max(map(len, columns), default=0)):
-        alone += [Choice({column[row][0]: (column[row][1], 0.5)}) for column in columns if row < len(column)]
     first = {stage: next(iter(keys)) for stage, keys in plan.stages.items()}
-    pairs = []
-    for others in (("depth", "width"), ("width", "precision"), ("depth", "width", "precision"), ("width", "rank")):
+    begun = [Choice({stage: (key, 0.5)}) for stage, key in first.items()]
+    for others in (
+        ("depth", "width"),
+        ("width", "precision"),
+        ("depth", "width", "precision"),
+        ("width", "weights"),
+        ("width", "rank"),
+    ):
         if all(stage in first for stage in others):
-            strengths = {"depth": 0.3, "width": 0.5, "rank": 0.3, "precision": 1.0}
-            pairs.append(Choice({stage: (first[stage], strengths[stage]) for stage in others}))
-    split = min(len(alone), len(columns))
-    return alone[:split] + pairs + alone[split:]
+            strengths = {"depth": 0.3, "width": 0.5, "rank": 0.3, "weights": 0.5, "precision": 1.0}
+            begun.append(Choice({stage: (first[stage], strengths[stage]) for stage in others}))
+    shown = [trial for trial in trials if trial.number < len(begun)]
+    prices = {
+        (stage, key): price(
+            key, procedure.expense, mates=[k for k in members if k != key], trials=shown, original=original
+        )
+        for stage, members in plan.stages.items()
+        for key, procedure in members.items()
+    }
+    bound = DEAR * min(prices.values())
+    affordable = [place for place, cost in prices.items() if first[place[0]] != place[1] and cost <= bound]
+    rest = sorted(affordable, key=prices.__getitem__)
+    return begun + [Choice({stage: (key, 0.5)}) for stage, key in rest]
 
 
 def _sampled(trial: optuna.Trial, plan: Plan, *, budgeted: bool) -> Choice:
@@ -105,7 +127,7 @@ def _sampled(trial: optuna.Trial, plan: Plan, *, budgeted: bool) -> Choice:
         strength = trial.suggest_float(f"{stage}.strength", 0.05, 1.0)
         if key != NONE:
             procedures[stage] = (key, strength)
-    target = trial.suggest_float("target", 0.7 if budgeted else 0.2, 1.0)
+    target = trial.suggest_float("target", 0.7, 1.0) if budgeted else 1.0
     if not procedures:
         stage = next(stage for stage in FILLERS if stage in plan.stages)
         procedures[stage] = (next(iter(plan.stages[stage])), 0.5)
@@ -125,13 +147,12 @@ def _choose(trial: optuna.Trial, plan: Plan, slot: int, *, budgeted: bool) -> Ch
         return replace(choice, procedures={s: kv for s, kv in choice.procedures.items() if kv[0] in keys})
 
 
-def _sampler(seed: int, slot: int, plan: Plan) -> optuna.samplers.BaseSampler:
+def _sampler(seed: int, slot: int, first: Sequence[Choice], plan: Plan) -> optuna.samplers.BaseSampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler: optuna.samplers.BaseSampler = optuna.samplers.TPESampler(
             seed=slot_seed(seed, slot) % 2**31, n_startup_trials=STARTUP, multivariate=True
         )
-        first = opening(plan)
         if slot >= len(first):
             return sampler
         fixed: dict[str, Any] = {"target": 1.0}
@@ -247,7 +268,8 @@ def search(
                     time.sleep(0.5)
                     continue
                 break
-            study.sampler = _sampler(workshop.seed, slot, workshop.plan)
+            first = opening(workshop.plan, trial_records(study), float(workshop.validation.mean()))
+            study.sampler = _sampler(workshop.seed, slot, first, workshop.plan)
             trial = study.ask()
             trial.set_user_attr(storage.WORKER, storage.worker())
             trial.set_user_attr(storage.STARTED, time.time())

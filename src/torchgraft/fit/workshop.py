@@ -130,15 +130,17 @@ class Workshop:
         return ratios
 
     def load(self, ratios: Mapping[str, float]) -> float:
-        """Return the largest ratio relative to its limit; at most 1 where the budget is met."""
+        """Return the largest ratio relative to its limit; at most 1 where the budget is met.
+
+        Without a budget it is the geometric mean of all ratios there are, so that no cost is forgotten.
+        """
         if not self.limits:
-            return ratios[self.primary]
+            found = [max(ratios[cost], 1e-9) for cost in self.costs if cost in ratios]
+            return math.exp(sum(map(math.log, found)) / len(found))
         return max(ratios[limit.cost] / self.bound(limit.cost) for limit in self.limits)
 
     def _aim(self, ratios: Mapping[str, float], target: float) -> float:
         """Return the load against the targets: limits times ``target``, with a margin where readings are noisy."""
-        if not self.limits:
-            return ratios[self.primary] / target
         return max(
             ratios[limit.cost] / (self.bound(limit.cost) * target * (MARGIN if limit.cost in NOISY else 1.0))
             for limit in self.limits
@@ -159,6 +161,8 @@ class Workshop:
 
     def make(self, choice: Choice, seed: int) -> Made:
         """Apply ``choice``, its filler's strength solved so that the aimed-at cost is met with as little as possible.
+
+        Without a budget there is nothing to aim at, and the strengths are those of the choice.
 
         Returns:
             The float model, its strengths and quickly measured ratios; ``met`` says whether the aim was reached.
@@ -184,13 +188,15 @@ class Workshop:
                     model = self._apply(model, key, strengths[key], seed)
             made = Made(model, strengths)
             made.ratios = self.quick_ratios(self.finish(model, strengths, seed), watched)
-            made.met = self._aim(made.ratios, choice.target) <= 1.0
+            made.met = not self.limits or self._aim(made.ratios, choice.target) <= 1.0
             return made
 
         low, high = 0.0, 1.0
         best: Made | None = None
         strength = min(max(choice.procedures[filler][1], 0.05), 1.0) if filler is not None else 1.0
-        for _ in range(6):
+        if not self.limits:
+            best = build(strength)
+        for _ in range(6 if self.limits else 0):
             made = build(strength)
             if made.met:
                 best, high = made, strength

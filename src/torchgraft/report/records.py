@@ -21,6 +21,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Applied",
     "Candidate",
+    "Contribution",
     "CostRecord",
     "Interval",
     "Limit",
@@ -189,6 +190,22 @@ class NotHelped(_Record):
     evidence: str
 
 
+class Contribution(_Record):
+    """What a procedure on the front contributed.
+
+    Args:
+        key: the method.
+        title: its name in words.
+        models: how many models of the front use it.
+        lost_without: the share, 0 to 1, of the front's hypervolume that is lost when all that use it are left out.
+    """
+
+    key: str
+    title: str
+    models: int
+    lost_without: float
+
+
 class Refused(_Record):
     """A place where a procedure could not act, the reason, and the source line where one is known."""
 
@@ -220,6 +237,7 @@ class RunRecord(_Record):
         profile: ``"original"`` and, where there is one, ``"best"`` -> cost by module.
         refused: where procedures could not act.
         not_helped: what was tried and did not help.
+        contributions: what each procedure on the front contributed, the most first.
         notes: anything else that a reader needs.
         feasible: whether a model meets the budget.
         nearest: name of the candidate nearest to the budget where none meets it.
@@ -244,6 +262,7 @@ class RunRecord(_Record):
     profile: dict[str, list[ProfileRow]]
     refused: list[Refused]
     not_helped: list[NotHelped]
+    contributions: list[Contribution] = []
     notes: list[str]
     feasible: bool
     nearest: str | None

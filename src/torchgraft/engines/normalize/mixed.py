@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
+from torchgraft.engines.normalize import native
 from torchgraft.engines.normalize.statistics import BLOCK, instance_moments, row_moments, wide
 
 __all__ = ["AFFINE", "Kernel", "Recipe", "by_moments"]
@@ -33,6 +34,9 @@ class Kernel(ABC):
     and comparisons to booleans are several times slower than products and sums.
     """
 
+    #: Its name among the compiled kernels (``native.py``), or ``None`` where it is not among them.
+    compiled: ClassVar[native.Kind | None] = None
+
     @abstractmethod
     def forward(self, x: Tensor, *numbers: Tensor, out: Tensor | None = None) -> Tensor:
         """Return the output, made of differentiable operations that broadcast ``numbers`` over ``x``."""
@@ -44,6 +48,8 @@ class Kernel(ABC):
 
 class Affine(Kernel):
     """y = scale * x + shift."""
+
+    compiled = "affine"
 
     def forward(self, x: Tensor, *numbers: Tensor, out: Tensor | None = None) -> Tensor:
         """Return scale * x + shift."""
@@ -74,11 +80,16 @@ class _ByMoments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernel: Kernel, recipe: Recipe, *parameters: Tensor) -> tuple[Tensor, ...]:
         flat = x.flatten(2).flatten(0, 1)
-        mean, var = (value.view(x.shape[:2]) for value in row_moments(flat))
+        fast = kernel.compiled if native.usable(flat.detach()) else None
+        moments = native.row_moments if fast else row_moments
+        mean, var = (value.view(x.shape[:2]) for value in moments(flat))
         numbers = [value.expand(x.shape[:2]).reshape(-1, 1) for value in recipe(mean, var, *parameters)]
-        y = torch.empty_like(flat)
-        for rows in _blocks(*flat.shape):
-            kernel.forward(flat[rows], *(value[rows] for value in numbers), out=y[rows])
+        if fast and all(value.dtype == flat.dtype for value in numbers):
+            y = native.rows_forward(fast, flat, numbers)
+        else:
+            y = torch.empty_like(flat)
+            for rows in _blocks(*flat.shape):
+                kernel.forward(flat[rows], *(value[rows] for value in numbers), out=y[rows])
         ctx.kernel, ctx.recipe = kernel, recipe
         ctx.save_for_backward(x, mean, var, *parameters)
         ctx.mark_non_differentiable(mean, var)
@@ -99,28 +110,38 @@ class _ByMoments(torch.autograd.Function):
             leaves = [value.detach().requires_grad_() for value in (mean, var, *parameters)]
             recipe = [value.expand(x.shape[:2]) for value in ctx.recipe(*leaves)]
         numbers = [value.detach().reshape(-1, 1) for value in recipe]
+        fast = ctx.kernel.compiled if native.usable(flat.detach(), grad.detach(), *numbers) else None
+        if fast:
+            sums = [value[:, None] for value in native.rows_sums(fast, flat, grad, numbers)]
+            slope, offset, rest = _through_moments(recipe, sums, leaves, mean, flat.shape[1])
+            dx = native.rows_backward(fast, flat, grad, numbers, slope.reshape(-1), offset.reshape(-1))
+            return dx.view(x.shape), None, None, *rest
         product, sums = torch.empty_like(flat), [torch.empty_like(value) for value in numbers]
         blocks = _blocks(*flat.shape)
         for rows in blocks:
             found = ctx.kernel.backward(flat[rows], grad[rows], *(value[rows] for value in numbers), out=product[rows])
             for total, value in zip(sums, found, strict=True):
                 total[rows, 0] = value
-        pairs = [(one, total) for one, total in zip(recipe, sums, strict=True) if one.requires_grad]
-        small: Sequence[Tensor | None] = (
-            torch.autograd.grad(
-                [one for one, _ in pairs], leaves, [total.view(x.shape[:2]) for _, total in pairs], allow_unused=True
-            )
-            if pairs
-            else [None] * len(leaves)
-        )
-        to_mean, to_var, *rest = small
-        if to_mean is not None or to_var is not None:
-            slope = torch.zeros_like(mean) if to_var is None else to_var * (2.0 / flat.shape[1])
-            offset = -slope * mean if to_mean is None else to_mean / flat.shape[1] - slope * mean
-            slope, offset = slope.reshape(-1, 1), offset.reshape(-1, 1)
-            for rows in blocks:
-                product[rows].add_(flat[rows] * slope[rows]).add_(offset[rows])
+        slope, offset, rest = _through_moments(recipe, sums, leaves, mean, flat.shape[1])
+        slope, offset = slope.reshape(-1, 1), offset.reshape(-1, 1)
+        for rows in blocks:
+            product[rows].add_(flat[rows] * slope[rows]).add_(offset[rows])
         return product.view(x.shape), None, None, *rest
+
+
+def _through_moments(
+    recipe: Sequence[Tensor], sums: Sequence[Tensor], leaves: Sequence[Tensor], mean: Tensor, size: int
+) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
+    """Return slope and offset, (B, C), of what the moments add to the gradient of x, and the parameters' gradients."""
+    pairs = [(one, total) for one, total in zip(recipe, sums, strict=True) if one.requires_grad]
+    small: Sequence[Tensor | None] = [None] * len(leaves)
+    if pairs:
+        wanted = [total.view(mean.shape) for _, total in pairs]
+        small = torch.autograd.grad([one for one, _ in pairs], leaves, wanted, allow_unused=True)
+    to_mean, to_var, *rest = small
+    slope = torch.zeros_like(mean) if to_var is None else to_var * (2.0 / size)
+    offset = -slope * mean if to_mean is None else to_mean / size - slope * mean
+    return slope, offset, rest
 
 
 AFFINE = Affine()

@@ -89,6 +89,8 @@ Variant = Literal["B0", "B1", "B2", "S0", "S1", "S2"]
 class _Larger(Kernel):
     """y = x / max(s, p x + q) * gain + offset."""
 
+    compiled = "larger"
+
     def forward(self, x: Tensor, *numbers: Tensor, out: Tensor | None = None) -> Tensor:
         s, p, q, gain, offset = numbers
         ratio = x / torch.maximum((x * p).add_(q), s)
@@ -114,6 +116,8 @@ class _Larger(Kernel):
 class _Gated(Kernel):
     """y = x sigmoid(v x) * scale + shift."""
 
+    compiled = "gated"
+
     def forward(self, x: Tensor, *numbers: Tensor, out: Tensor | None = None) -> Tensor:
         v, scale, shift = numbers
         return torch.mul(x * torch.sigmoid(v * x), scale, out=out).add_(shift)
@@ -132,6 +136,8 @@ class _Gated(Kernel):
 
 class _Silu(Kernel):
     """y = x sigmoid(x) * scale + shift."""
+
+    compiled = "silu"
 
     def forward(self, x: Tensor, *numbers: Tensor, out: Tensor | None = None) -> Tensor:
         scale, shift = numbers

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from torchgraft.catalogue import Card
 from torchgraft.catalogue.card import Claim
+from torchgraft.engines.normalize import native
 from torchgraft.engines.normalize.norm import Norm
 from torchgraft.engines.normalize.placement import leave_fast_path
 from torchgraft.engines.normalize.statistics import wide
@@ -122,9 +123,12 @@ class _Power(torch.autograd.Function):
         groups = settings.groups
         weight = x.new_ones(x.shape[0]) if valid is None else valid
         count = weight.sum()
+        factor = gain * torch.rsqrt(square + settings.eps)
+        if settings.running and native.usable(x, factor, shift, valid):
+            out, scale, total = native.power_forward(x, valid, factor, shift, groups=groups, eps=settings.eps)
+            return _Power.kept(ctx, out, x, gain, square, total / count, scale, weight, count, nu, valid, settings)
         total, out, buffer = x.new_zeros(x.shape[1]), torch.empty_like(x), _buffer(x)
         scale = x.new_empty(x.shape[0], groups) if groups else None
-        factor = gain * torch.rsqrt(square + settings.eps)
         for rows, few in _pieces(x):
             if scale is not None:
                 length = torch.linalg.vector_norm(_grouped(x[rows], groups), dim=1)
@@ -141,6 +145,24 @@ class _Power(torch.autograd.Function):
             factor = gain * torch.rsqrt(batch + settings.eps)
             for rows, few in _pieces(x):
                 torch.addcmul(shift, _rescaled(x, scale, rows, buffer[few]), factor, out=out[rows])
+        return _Power.kept(ctx, out, x, gain, square, batch, scale, weight, count, nu, valid, settings)
+
+    @staticmethod
+    def kept(
+        ctx: Any,
+        out: Tensor,
+        x: Tensor,
+        gain: Tensor,
+        square: Tensor,
+        batch: Tensor,
+        scale: Tensor | None,
+        weight: Tensor,
+        count: Tensor,
+        nu: Tensor,
+        valid: Tensor | None,
+        settings: _Settings,
+    ) -> tuple[Tensor, Tensor]:
+        """Keep what the backward pass needs, and return the output and the batch's quadratic mean."""
         if valid is not None:
             out.mul_(valid[:, None])
         ctx.save_for_backward(x, gain, square.clone(), batch, scale, weight, count)
@@ -165,7 +187,10 @@ class _Power(torch.autograd.Function):
                 along += weight[rows] @ (grad[rows] * _rescaled(x, scale, rows, buffer[few]))
             pull = gain * along / count * inverse**3
             along.zero_()
-        dx = _pulled(grad, x, scale, weight, gain * down, pull, along, to_shift)
+        if native.usable(grad.detach(), x, gain, pull):
+            dx, along, to_shift = native.power_backward(grad.contiguous(), x, scale, gain * down, pull)
+        else:
+            dx = _pulled(grad, x, scale, weight, gain * down, pull, along, to_shift)
         if ctx.padded:
             dx.mul_(weight[:, None])
         to_gain = along * inverse

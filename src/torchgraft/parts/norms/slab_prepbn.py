@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from torchgraft.catalogue import Card
 from torchgraft.catalogue.card import Claim
+from torchgraft.engines.normalize import native
 from torchgraft.engines.normalize.fold import fold_affine
 from torchgraft.engines.normalize.norm import Norm, RunningNorm
 from torchgraft.engines.normalize.placement import leave_fast_path
@@ -95,6 +96,48 @@ class _Shortcut(torch.autograd.Function):
         return dx.addcmul_(grad, eta), to_gain, to_offset, to_eta, None, None, None
 
 
+class _Blend(torch.autograd.Function):
+    """lam LN(x) + (1 - lam)(BN(x) + eta x) of rows (N, C) in the few passes of the compiled kernels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        gain: Tensor,
+        offset: Tensor,
+        eta: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        eps: tuple[float, float],
+        lam: float,
+    ) -> Tensor:
+        deviation = torch.sqrt(var + eps[1])
+        factor, shift = gain / deviation + eta, offset - mean * gain / deviation
+        y, centre, inverse = native.blend_forward(x, weight, bias, factor, shift, lam=lam, eps=eps[0])
+        ctx.save_for_backward(x, weight, gain, eta, mean, deviation, centre, inverse)
+        ctx.lam = lam
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, gain, eta, mean, deviation, centre, inverse = ctx.saved_tensors
+        lam, rest, count = ctx.lam, 1.0 - ctx.lam, len(x)
+        scale = gain / deviation
+
+        def through(upward: Tensor, along: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            pull = -rest / count * scale / deviation.square() * along
+            return rest * (scale + eta), pull, -rest / count * scale * upward - pull * mean
+
+        dx, upward, along, across = native.blend_backward(
+            grads[0].contiguous(), x, weight, centre, inverse, mean, through, lam=lam
+        )
+        to_eta = rest * (along + mean * upward).sum()
+        return dx, lam * across, lam * upward, rest * along / deviation, rest * upward, to_eta, None, None, None, None
+
+
 class RepBN(RunningNorm):
     """BN(x) + eta x over batch and tokens, a channel each.
 
@@ -130,14 +173,19 @@ class RepBN(RunningNorm):
         if len(flat) < 2:
             raise BadInput(f"batch statistics need more than one value a channel, got an input of {tuple(x.shape)}")
         gain, offset = cast(Tensor, self.weight).to(flat.dtype), cast(Tensor, self.bias).to(flat.dtype)
+        mean, var = self.batch_moments(flat)
+        y: Tensor = _Shortcut.apply(flat, gain, offset, self.eta.to(flat.dtype), mean, var, self.eps)  # type: ignore[no-untyped-call]
+        return y.view(x.shape).to(x.dtype)
+
+    def batch_moments(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of the columns of (N, C), and move the running ones towards them."""
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
             mean, var = torch.batch_norm_update_stats(flat, None, None, 0.0)
             share, more = cast(float, self.momentum), len(flat) / (len(flat) - 1)
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
             self.running_var.lerp_((var * more).to(self.running_var.dtype), share)
-        y: Tensor = _Shortcut.apply(flat, gain, offset, self.eta.to(flat.dtype), mean, var, self.eps)  # type: ignore[no-untyped-call]
-        return y.view(x.shape).to(x.dtype)
+        return mean, var
 
     def channel_affine(self) -> tuple[Tensor, Tensor]:
         """Return a and c, (C,) each, of y = a x + c in eval mode."""
@@ -201,6 +249,12 @@ class PRepBN(Norm):
         lam = self.lam
         if x.numel():
             self.step.add_(1)
+        if 0.0 < lam < 1.0 and x.numel() > self.d_model and native.usable(x.detach(), self.weight, self.bias, self.rep.eta):
+            flat = x.reshape(-1, self.d_model).contiguous()
+            moments, eps = self.rep.batch_moments(flat), (self.eps, self.rep.eps)
+            given = (self.weight, self.bias, self.rep.weight, self.rep.bias, self.rep.eta)
+            y: Tensor = _Blend.apply(flat, *given, *moments, eps, lam)  # type: ignore[no-untyped-call]
+            return y.view(x.shape)
         rep: Tensor = self.rep(x)  # also where it counts for nothing: its statistics must be ripe when it does
         if lam == 0.0:
             return rep

@@ -1,0 +1,100 @@
+"""Every two procedures of which the rules allow both: applied, saved, reloaded, compared; every other two refused."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from torchgraft.bench.meters import measure
+from torchgraft.catalogue import registry
+from torchgraft.contracts.sameness import same_output
+from torchgraft.contracts.subjects import Case, case, output, settings
+from torchgraft.engines import recipe
+from torchgraft.engines.procedure import Procedure
+from torchgraft.engines.surgery.edits import history
+from torchgraft.errors import BadInput
+from torchgraft.fit.plan import check_combination
+
+EXACT = ("params", "macs", "size")
+KEYS = sorted(card.key for card in registry.cards().values() if card.stage is not None)
+PAIRS = list(itertools.combinations(KEYS, 2))
+
+
+def _ordered(pair: tuple[str, str]) -> list[str] | None:
+    try:
+        return check_combination(pair)
+    except BadInput:
+        return None
+
+
+ALLOWED = [pair for pair in PAIRS if _ordered(pair) is not None]
+REFUSED = [pair for pair in PAIRS if _ordered(pair) is None]
+
+
+@functools.cache
+def _case(name: str) -> Case:
+    return case(name)
+
+
+def _procedure(key: str) -> Procedure:
+    card = registry.lookup(key)
+    made: Procedure = registry.entry(card)(**settings(card)).for_costs(EXACT)
+    return made
+
+
+@functools.cache
+def _first(key: str, name: str) -> nn.Module | None:
+    """Return the check model after one procedure, or None where it finds nothing to do there."""
+    tiny, procedure = _case(name), _procedure(key)
+    if not procedure.applies_to(tiny.model, tiny.task):
+        return None
+    return procedure.apply(tiny.model, tiny.task, 0.5)
+
+
+def _exact(model: nn.Module, tiny: Case) -> dict[str, float]:
+    return {cost: reading.value for cost, reading in measure(model, tiny.inputs, costs=EXACT).readings.items()}
+
+
+@pytest.mark.parametrize("name", ["cnn", "transformer"])
+@pytest.mark.parametrize("pair", ALLOWED, ids="+".join)
+def test_an_allowed_pair_is_saved_and_comes_back_the_same(pair: tuple[str, str], name: str, tmp_path: Path) -> None:
+    ordered = _ordered(pair)
+    assert ordered is not None
+    tiny = _case(name)
+    begun = _first(ordered[0], name)
+    base = tiny.model if begun is None else begun
+    second = _procedure(ordered[1])
+    both = base
+    if second.applies_to(base, tiny.task):  # the first may have left nothing to act on, as fit allows
+        both = second.apply(base, tiny.task, 0.5)
+        assert len(history(both)) > len(history(base))
+    recipe.save(both, tmp_path, task="")
+    again = recipe.rebuild(recipe.read_recipe(tmp_path), tiny.build(7), tmp_path)
+    same_output(output(both, tiny.inputs), output(again, tiny.inputs), f"{'+'.join(ordered)} on {name}")
+    costs = _exact(again, tiny)
+    assert costs == _exact(both, tiny)
+    if history(both):
+        before = _exact(tiny.model, tiny)
+        assert any(costs[cost] < before[cost] for cost in EXACT), (costs, before)
+
+
+@pytest.mark.parametrize("pair", REFUSED, ids="+".join)
+def test_a_refused_pair_is_refused_with_the_reason(pair: tuple[str, str]) -> None:
+    with pytest.raises(BadInput) as caught:
+        check_combination(pair)
+    text = str(caught.value)
+    assert all(key in text for key in pair)
+    assert "\n" not in text
+    one, other = (registry.lookup(key) for key in pair)
+    conflict = one.conflicts.get(other.key) or other.conflicts.get(one.key)
+    assert (one.stage == other.stage and str(one.stage) in text) or (conflict is not None and conflict in text)
+
+
+def test_hardly_any_pair_is_empty() -> None:
+    """On one of the two models at least, nearly every procedure finds something to do."""
+    idle = [key for key in KEYS if all(_first(key, name) is None for name in ("cnn", "transformer"))]
+    assert len(idle) <= len(KEYS) // 5, idle
