@@ -249,7 +249,8 @@ class PRepBN(Norm):
         lam = self.lam
         if x.numel():
             self.step.add_(1)
-        if 0.0 < lam < 1.0 and x.numel() > self.d_model and native.usable(x.detach(), self.weight, self.bias, self.rep.eta):
+        both = 0.0 < lam < 1.0 and x.numel() > self.d_model
+        if both and native.usable(x.detach(), self.weight, self.bias, self.rep.eta):
             flat = x.reshape(-1, self.d_model).contiguous()
             moments, eps = self.rep.batch_moments(flat), (self.eps, self.rep.eps)
             given = (self.weight, self.bias, self.rep.weight, self.rep.bias, self.rep.eta)
