@@ -179,8 +179,8 @@ def softplus(s: Tensor, rows: Rows) -> Tensor:
 def _fast_softplus(s: Tensor) -> Tensor:
     """Write log(1 + e^s) over ``s``, in float32 on the CPU: 1e-6 of the value exact down to e^-87, and lower nothing.
 
-    In one compiled pass where a compiler is at hand, which is exact to 2e-7. Torch's own is slower in any case, and much
-    slower where squares of e^s are too small to be normal numbers.
+    In one compiled pass where a compiler is at hand, which is exact to 2e-7. Torch's own is slower in any case, and
+    much slower where squares of e^s are too small to be normal numbers.
     """
     made = library(Path(__file__).with_name("kernel.cpp"))
     if made is not None and s.is_contiguous():

@@ -1,0 +1,241 @@
+"""What the procedures added since the first release buy: the hypervolume of ``fit``'s front, with and without them.
+
+For every task and seed ``fit`` runs twice for the same wall-clock time, once with the procedures of the first release
+alone and once with all, in an order that alternates. No budget is given, so each run seeks a whole front over score,
+latency and size. The volume is that of :func:`torchgraft.fit.contribution.gains`: score kept (1 where it is the
+original's, 0 where a tenth of it is lost) times the halvings of latency times those of size. Validation scores of the
+models on the front count, on both sides alike.
+
+``--learn`` measures instead the gain and the time of every procedure alone, at three strengths on a seed of its own,
+and writes ``src/torchgraft/fit/experience.json``, by which ``fit`` orders what it tries.
+
+Finished cells stand in the output file and are not run again.
+
+Run: ``python benchmarks/shrink.py [--tasks digits-vit] [--seeds 0 1] [--seconds 40] [--learn]``
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from torchgraft.bench.files import write_atomic
+from torchgraft.bench.tasks import builtin
+from torchgraft.fit import fit
+from torchgraft.fit.contribution import gains
+from torchgraft.fit.experience import gain
+from torchgraft.fit.pareto import hypervolume
+from torchgraft.fit.plan import make_plan
+from torchgraft.fit.search import Effort, run_trial
+from torchgraft.fit.workshop import Choice, Workshop
+
+TASKS = ("digits-vit", "digits-cnn", "stdlib-bytes", "stdlib-search")
+SEEDS = (0, 1, 2, 3, 4)
+#: What issue 2, the first release, could do.
+FIRST = (
+    "magnitude-pruning",
+    "taylor-pruning",
+    "optin-pruning",
+    "rd-layer-adaptive-pruning",
+    "svd-truncation",
+    "maestro-lod",
+    "chain-of-layers",
+    "int8-dynamic",
+)
+COSTS = ("latency", "size")
+LEARNING_SEED, LEARNING_STEPS, STRENGTHS = 100, 30, (0.3, 0.6, 0.9)
+EXPERIENCE = Path(__file__).parents[1] / "src" / "torchgraft" / "fit" / "experience.json"
+
+
+def run_arm(name: str, seed: int, arm: str, seconds: float) -> dict[str, Any]:
+    """Run one fit and return its volume, its front, and what each procedure on it contributed."""
+    task = builtin(name, seed)
+    task.trained()
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        result = fit(
+            task,
+            costs=COSTS,
+            time=f"{seconds:g}s",
+            seed=seed,
+            max_drop=None,
+            out=folder,
+            procedures=FIRST if arm == "first" else None,
+        )
+    base = result.front[0].validation.value
+    points = [gains(c.validation.value, [c.costs[cost].ratio for cost in COSTS], base) for c in result.front]
+    if result.front[0].name != "original":
+        raise RuntimeError(f"{name}, seed {seed}: the front does not start with the original")
+    return {
+        "volume": hypervolume(points),
+        "seconds": time.monotonic() - begun,
+        "trials": len(result.record.trials),
+        "front": [
+            {
+                "name": c.name,
+                "procedures": {applied.key: round(applied.strength, 3) for applied in c.procedures},
+                "drop": c.drop.value,
+                "verdict": c.verdict,
+                **{cost: c.costs[cost].ratio for cost in COSTS},
+            }
+            for c in result.front
+        ],
+        "contributions": {row.key: row.lost_without for row in result.record.contributions},
+    }
+
+
+def finished(cells: dict[str, Any], name: str) -> list[int]:
+    """Return the seeds of which both arms are done."""
+    return [seed for seed in SEEDS if all(f"{name}/{seed}/{arm}" in cells for arm in ("first", "all"))]
+
+
+def ratios(cells: dict[str, Any], name: str) -> list[float]:
+    """Return the ratio of the volumes, all procedures over those of the first release, for every finished seed."""
+    pairs = [[cells[f"{name}/{seed}/{arm}"]["volume"] for arm in ("all", "first")] for seed in finished(cells, name)]
+    return [everything / first for everything, first in pairs if first > 0]
+
+
+def table(cells: dict[str, Any]) -> Table:
+    """Return the volumes by task."""
+    made = Table("task", "first release", "all procedures", "ratio", "seeds", title="hypervolume of the front")
+    for name in TASKS:
+        found = ratios(cells, name)
+        if found:
+            volumes = [
+                statistics.fmean(
+                    cells[f"{name}/{seed}/{arm}"]["volume"]
+                    for seed in SEEDS
+                    if f"{name}/{seed}/all" in cells and f"{name}/{seed}/first" in cells
+                )
+                for arm in ("first", "all")
+            ]
+            spread = f"{statistics.fmean(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+            made.add_row(name, f"{volumes[0]:.2f}", f"{volumes[1]:.2f}", spread, str(len(found)))
+    return made
+
+
+def figure(cells: dict[str, Any], path: Path) -> None:
+    """Draw latency against size of every front, the two arms in two colours, one panel a task."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = [name for name in TASKS if ratios(cells, name)]
+    if not shown:
+        return
+    drawn, axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown), 4.0), squeeze=False, layout="constrained")
+    for axis, name in zip(axes[0], shown, strict=True):
+        for arm, colour, label in (("first", "#9a9a9a", "first release"), ("all", "#0b6e99", "all procedures")):
+            rows = [
+                row
+                for seed in SEEDS
+                if (cell := cells.get(f"{name}/{seed}/{arm}")) is not None
+                for row in cell["front"]
+            ]
+            size = [90.0 if row["drop"] <= 0.01 else 18.0 for row in rows]
+            axis.scatter(
+                [row["latency"] for row in rows],
+                [row["size"] for row in rows],
+                s=size,
+                color=colour,
+                alpha=0.6,
+                label=label,
+                linewidths=0,
+            )
+        found = ratios(cells, name)
+        axis.set(xscale="log", yscale="log", xlabel="latency, of the original", ylabel="size, of the original")
+        axis.set_title(f"{name}: volume {statistics.fmean(found):.2f}x ({len(found)} seeds)", fontsize=10)
+        axis.grid(alpha=0.25, which="both")
+    axes[0][0].legend(title="large: falls by at most 0.01", fontsize=8, title_fontsize=8, frameon=False)
+    for form in ("png", "svg"):
+        drawn.savefig(path.with_suffix(f".{form}"), dpi=150)
+    plt.close(drawn)
+
+
+def learn(names: tuple[str, ...]) -> dict[str, Any]:
+    """Return the gain and the relative time of every procedure alone."""
+    rows: dict[str, list[tuple[float, float]]] = {}
+    effort = Effort(None, None, None, LEARNING_STEPS, 0)
+    for name in names:
+        task = builtin(name, LEARNING_SEED)
+        original = task.trained()
+        plan = make_plan(original, task, costs=("latency", "size", "params", "macs"))
+        workshop = Workshop(task, original, plan, (), ("latency", "size", "params", "macs"), seed=LEARNING_SEED)
+        base = float(workshop.validation.mean())
+        for stage, members in plan.stages.items():
+            for key in members:
+                found = []
+                for strength in STRENGTHS:
+                    begun = time.monotonic()
+                    try:
+                        trial, _ = run_trial(workshop, Choice({stage: (key, strength)}, strength), effort, 0, [], None)
+                    except Exception as error:  # a trial that fails gains nothing, in fit as well
+                        print(f"{name}: {key} at {strength}: {type(error).__name__}: {error}", flush=True)
+                        found.append((0.0, time.monotonic() - begun))
+                        continue
+                    found.append((gain(trial, base), time.monotonic() - begun))
+                best = max(value for value, _ in found)
+                rows.setdefault(key, []).append((best, statistics.fmean(seconds for _, seconds in found)))
+                print(f"{name}: {key}: gain {best:.3f} in {rows[key][-1][1]:.1f} s", flush=True)
+    quickest = min(statistics.fmean(seconds for _, seconds in values) for values in rows.values())
+    return {
+        "tasks": list(names),
+        "torch": torch.__version__,
+        "procedures": {
+            key: {
+                "gain": round(statistics.fmean(value for value, _ in values), 3),
+                "seconds": round(statistics.fmean(seconds for _, seconds in values) / quickest, 2),
+            }
+            for key, values in sorted(rows.items())
+        },
+    }
+
+
+def main() -> None:
+    """Fill the cells that are missing, print the table and draw the figure; or learn."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--seconds", type=float, default=40.0)
+    parser.add_argument("--learn", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("results/shrink.json"))
+    chosen = parser.parse_args()
+    if chosen.learn:
+        write_atomic(EXPERIENCE, json.dumps(learn(tuple(chosen.tasks)), indent=1) + "\n")
+        return
+    cells: dict[str, Any] = {}
+    if chosen.out.exists():
+        record = json.loads(chosen.out.read_text(encoding="utf-8"))
+        cells = record["cells"] if record["seconds"] == chosen.seconds else {}
+    for seed in chosen.seeds:
+        for name in chosen.tasks:
+            for arm in ("first", "all") if seed % 2 == 0 else ("all", "first"):
+                key = f"{name}/{seed}/{arm}"
+                if key in cells:
+                    continue
+                cells[key] = run_arm(name, seed, arm, chosen.seconds)
+                print(f"{key}: {cells[key]['volume']:.3f} in {cells[key]['seconds']:.0f} s", flush=True)
+                record = {
+                    "seconds": chosen.seconds,
+                    "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+                    "torch": torch.__version__,
+                    "first": list(FIRST),
+                    "cells": cells,
+                }
+                write_atomic(chosen.out, json.dumps(record, indent=1) + "\n")
+    figure(cells, chosen.out)
+    Console().print(table(cells))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""Weights in 2 to 8 bits on a symmetric grid that a power bends: codes, layers that run from packed codes, the edit.
+
+With n = 2^(b-1) - 1 and m the largest magnitude of an output channel (or of the tensor), a weight w has the code
+Q = round(n sign(w) |w/m|^a) in [-n, n] and stands for m sign(Q) |Q/n|^(1/a); a = 1 is the uniform grid. The codes are
+stored b bits each. Before a layer runs its weight is put together again as floats, once, and kept: the file is small
+and nothing gets faster.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeAlias, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from torchgraft.engines.bucketed import pack, unpack
+from torchgraft.engines.int8 import is_linear
+from torchgraft.engines.sites import ignored
+from torchgraft.engines.surgery.edits import Edit
+from torchgraft.errors import BadInput, nearest
+
+__all__ = [
+    "FewBit",
+    "Granularity",
+    "PowerQuantizer",
+    "bend",
+    "code_layers",
+    "codes_of",
+    "grid",
+    "largest_code",
+    "magnitudes",
+    "power_codes",
+    "power_values",
+    "set_codes",
+    "soft_round",
+    "stochastic_round",
+    "storable_layers",
+]
+
+#: Which weights share a scale: those of an output channel, or all of a tensor.
+Granularity: TypeAlias = Literal["channel", "tensor"]
+
+#: Below this a 2nd-to-smallest level of 8 bits would leave float32.
+LEAST_EXPONENT = 0.1
+_LEAST, _MOST = 2, 8
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def largest_code(bits: int) -> int:
+    """Return n = 2^(bits - 1) - 1.
+
+    Raises:
+        BadInput: bits lie outside 2..8.
+    """
+    if not _LEAST <= bits <= _MOST:
+        raise BadInput(f"few-bit codes have {_LEAST} to {_MOST} bits, got {bits}")
+    return int(2 ** (bits - 1)) - 1
+
+
+def stochastic_round(values: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    """Return ``values`` rounded up or down at random, unbiased: floor(v + u), u uniform in [0, 1).
+
+    Example:
+        >>> stochastic_round(torch.tensor([-2.0, 0.0, 3.0]))
+        tensor([-2.,  0.,  3.])
+    """
+    down = values.floor()
+    draw = torch.rand(values.shape, generator=generator, dtype=values.dtype, device=values.device)
+    # Against the fraction, not floor(v + u): the sum of a whole number and u may round up to the next one.
+    return down + (draw < values - down).to(values.dtype)
+
+
+def soft_round(values: Tensor, sharpness: float) -> Tensor:
+    """Return a smooth monotone staircase through the whole numbers: the identity at 0, rounding at infinity.
+
+    Example:
+        >>> soft_round(torch.tensor([0.25, 1.0, 1.75]), 50.0).round(decimals=3)
+        tensor([0., 1., 2.])
+    """
+    down = values.floor()
+    half = torch.tensor(0.5 * sharpness)
+    return down + 0.5 + 0.5 * torch.tanh(sharpness * (values - down - 0.5)) / float(half.tanh())
+
+
+def bend(unit: Tensor, exponent: Tensor | float, *, least: float = 0.0) -> Tensor:
+    """Return sign(x) |x|^exponent for x in [-1, 1], with magnitudes below ``least`` held there for the gradient's log.
+
+    Example:
+        >>> bend(torch.tensor([-0.25, 0.0, 1.0]), 0.5)
+        tensor([-0.5000,  0.0000,  1.0000])
+    """
+    size = unit.abs()
+    return unit.sign() * (size.clamp(min=least) if least else size) ** exponent
+
+
+def magnitudes(weight: Tensor, granularity: Granularity = "channel", *, axis: int = 0) -> Tensor:
+    """Return m: the largest magnitude of each channel along ``axis``, or of the tensor, in a shape that broadcasts."""
+    if granularity not in ("channel", "tensor"):
+        raise BadInput(f"granularity must be 'channel' or 'tensor', got {granularity!r}")
+    others = [dim for dim in range(weight.ndim) if dim != axis or granularity == "tensor"]
+    return weight.detach().abs().amax(others, keepdim=True)
+
+
+def power_codes(weight: Tensor, scale: Tensor, *, bits: int, exponent: float) -> Tensor:
+    """Return Q = round(n sign(w) |w / scale|^exponent), integers in [-n, n] as int32.
+
+    Example:
+        >>> w = torch.tensor([0.0, 0.25, -1.0])
+        >>> power_codes(w, torch.tensor(1.0), bits=4, exponent=0.5)
+        tensor([ 0,  4, -7], dtype=torch.int32)
+    """
+    n = largest_code(bits)
+    check_exponent(exponent)
+    unit = weight.detach() / torch.where(scale > 0, scale, torch.ones_like(scale))
+    return (bend(unit, exponent) * n).round().clamp(-n, n).to(torch.int32)
+
+
+def check_exponent(exponent: float) -> float:
+    """Return ``exponent`` where it lies in [0.1, 1]."""
+    if not LEAST_EXPONENT <= exponent <= 1.0:
+        raise BadInput(f"exponent must lie in [{LEAST_EXPONENT}, 1], got {exponent}")
+    return float(exponent)
+
+
+def grid(bits: int, exponent: float) -> Tensor:
+    """Return what the codes -n..n stand for at scale 1, (2n + 1,) in float64.
+
+    Example:
+        >>> grid(3, 0.5)
+        tensor([-1.0000, -0.4444, -0.1111,  0.0000,  0.1111,  0.4444,  1.0000],
+               dtype=torch.float64)
+    """
+    n = largest_code(bits)
+    return bend(torch.arange(-n, n + 1, dtype=torch.float64) / n, 1.0 / exponent)
+
+
+def power_values(codes: Tensor, scale: Tensor, *, bits: int, exponent: float) -> Tensor:
+    """Return the weights that ``codes`` stand for, in the dtype of ``scale``."""
+    levels = grid(bits, exponent).to(scale)
+    return levels[codes.long() + largest_code(bits)] * scale
+
+
+@dataclass(frozen=True)
+class PowerQuantizer:
+    """The quantiser of one tensor: to codes of the bent grid, and back.
+
+    Args:
+        bits: of a code, 2 to 8.
+        exponent: a; 1 is uniform, 1/2 needs only squares and roots.
+        granularity: a scale an output channel, or one for the tensor.
+
+    Example:
+        >>> quantizer = PowerQuantizer(3)
+        >>> codes, scale = quantizer.encode(torch.tensor([[0.0, 0.1, -0.9]]))
+        >>> codes, quantizer.decode(codes, scale)
+        (tensor([[ 0,  1, -3]], dtype=torch.int32), tensor([[ 0.0000,  0.1000, -0.9000]]))
+    """
+
+    bits: int = 4
+    exponent: float = 0.5
+    granularity: Granularity = "channel"
+
+    def __post_init__(self) -> None:
+        largest_code(self.bits)
+        check_exponent(self.exponent)
+
+    def encode(self, weight: Tensor, *, axis: int = 0) -> tuple[Tensor, Tensor]:
+        """Return codes in [-n, n] and the scales m, which broadcast."""
+        scale = magnitudes(weight, self.granularity, axis=axis)
+        return power_codes(weight, scale, bits=self.bits, exponent=self.exponent), scale
+
+    def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
+        """Return m sign(Q) |Q/n|^(1/a)."""
+        return power_values(codes, scale, bits=self.bits, exponent=self.exponent)
+
+    def __call__(self, weight: Tensor, *, axis: int = 0) -> Tensor:
+        """Return the values nearest to ``weight`` in the bent domain."""
+        return self.decode(*self.encode(weight, axis=axis))
+
+
+# Layers ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Layout:
+    """How the weight of one layer is packed, and the floats that it was last put together as."""
+
+    bits: int
+    shape: torch.Size
+    kept: tuple[list[Tensor], list[int], Tensor] | None = None
+
+
+def _dense(module: Any) -> Tensor:
+    layout: _Layout = module.__dict__["_few_bit"]
+    held = module._buffers
+    codes, scale, exponent = parts = [held["weight_codes"], held["weight_scale"], held["weight_exponent"]]
+    plain = all(type(part) is Tensor and not part.is_inference() for part in parts)
+    versions = [part._version for part in parts] if plain else []
+    if plain and layout.kept is not None:
+        same = all(a is b for a, b in zip(parts, layout.kept[0], strict=True))
+        if same and versions == layout.kept[1]:
+            return layout.kept[2]
+    with torch.no_grad():
+        n = largest_code(layout.bits)
+        unit = torch.arange(-n, n + 1, dtype=torch.float64, device=scale.device) / n
+        levels = bend(unit, 1.0 / exponent.double()).to(scale.dtype)
+        whole = unpack(codes, layout.bits, layout.shape.numel()).long().clamp(max=2 * n)
+        value: Tensor = levels[whole].reshape(layout.shape) * scale
+    if plain and type(value) is Tensor and not value.is_inference():
+        layout.kept = (parts, versions, value)
+    return value
+
+
+@functools.cache
+def _class_of(base: type[nn.Module]) -> type[nn.Module]:
+    """Return a subclass of ``base`` whose weight is put together from codes whenever it is read."""
+    # parameter_buffers is said to the meters: the weight stands for a parameter and counts as one.
+    body: dict[str, Any] = {"weight": property(_dense), "parameter_buffers": ("weight",), "__module__": __name__}
+    return type(f"FewBit{base.__name__}", (base,), body)
+
+
+def channel_axis(layer: nn.Module) -> int:
+    """Return the axis of the weight of ``layer`` along which its outputs lie (1 for transformers' Conv1D)."""
+    return 1 if is_linear(layer) and not isinstance(layer, nn.Linear) else 0
+
+
+def storable_layers(model: nn.Module, *, ignore: Sequence[str] = ()) -> list[str]:
+    """Return the plain linear layers and convolutions whose weight is theirs alone, by name; ``""`` is the model.
+
+    Args:
+        model: any module.
+        ignore: globs of modules that stay as they are.
+
+    Example:
+        >>> storable_layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+        ['0']
+    """
+    owners = Counter(
+        id(value) for module in model.modules() for value in module._parameters.values() if value is not None
+    )
+    found = []
+    for name, module in model.named_modules():
+        if ignored(name, ignore) or not (is_linear(module) or type(module) in _CONVS):
+            continue
+        weight = module._parameters.get("weight")
+        if weight is not None and owners[id(weight)] == 1 and weight.is_floating_point():
+            found.append(name)
+    return found
+
+
+def code_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers of ``model`` that run from packed codes, by name."""
+    return {name: module for name, module in model.named_modules() if "_few_bit" in module.__dict__}
+
+
+def codes_of(layer: nn.Module) -> Tensor:
+    """Return the codes of ``layer`` in [-n, n], in the shape of its weight."""
+    layout: _Layout = layer.__dict__["_few_bit"]
+    data = unpack(layer.get_buffer("weight_codes"), layout.bits, layout.shape.numel())
+    return data.reshape(layout.shape) - largest_code(layout.bits)
+
+
+def set_codes(layer: nn.Module, codes: Tensor, exponent: float) -> None:
+    """Write ``codes`` in [-n, n] and the exponent of the grid into ``layer``, in place.
+
+    Raises:
+        BadInput: shape or range is wrong.
+    """
+    layout: _Layout = layer.__dict__["_few_bit"]
+    n = largest_code(layout.bits)
+    if codes.shape != layout.shape or int(codes.abs().max()) > n:
+        raise BadInput(f"codes must be {tuple(layout.shape)} in [-{n}, {n}], got {tuple(codes.shape)}")
+    with torch.no_grad():
+        layer.get_buffer("weight_codes").copy_(pack(codes + n, layout.bits))
+        layer.get_buffer("weight_exponent").fill_(check_exponent(exponent))
+
+
+class FewBit(Edit):
+    """Store the weights of layers as packed codes of a bent grid; they are executed as floats.
+
+    Args:
+        bits: module name -> bits a code, 2 to 8.
+        exponents: module name -> a; 1 (the uniform grid) where none is given.
+        granularity: which weights share a scale.
+    """
+
+    op: ClassVar[str] = "few-bit"
+    bits: dict[str, int] = Field(min_length=1)
+    exponents: dict[str, float] = Field(default_factory=dict)
+    granularity: Granularity = "channel"
+
+    def rewrite(self, model: nn.Module) -> nn.Module:
+        """Replace the weight of each layer by the codes of its nearest levels, in place."""
+        possible = storable_layers(model)
+        named = dict(model.named_modules())
+        for name, bits in self.bits.items():
+            if name not in possible:
+                raise BadInput(f"few-bit finds no layer that it can take at {name!r}{nearest(name, possible or [''])}")
+            self._replace(named[name], bits, self.exponents.get(name, 1.0))
+        return model
+
+    def _replace(self, layer: nn.Module, bits: int, exponent: float) -> None:
+        weight = cast(Tensor, layer._parameters["weight"]).detach()
+        scale = magnitudes(weight, self.granularity, axis=channel_axis(layer))
+        codes = power_codes(weight, scale, bits=bits, exponent=exponent)
+        del layer._parameters["weight"]
+        kind = type(layer)
+        layer.__class__ = _class_of(kind)  # type: ignore[arg-type]  # classes do hash
+        layer.__dict__["_few_bit"] = _Layout(bits, weight.shape)
+        layer.register_buffer("weight_codes", pack(codes + largest_code(bits), bits))
+        layer.register_buffer("weight_scale", scale)
+        layer.register_buffer("weight_exponent", torch.tensor(exponent, dtype=torch.float32, device=weight.device))
+
+    def describe(self) -> dict[str, str]:
+        """Say in how many bits each layer is stored."""
+        words = {name: f"exponent {self.exponents.get(name, 1.0):.3g}" for name in self.bits}
+        return {
+            name: f"weights stored in {bits} bits ({words[name]}, a scale a {self.granularity}), executed as floats"
+            for name, bits in self.bits.items()
+        }

@@ -1,0 +1,124 @@
+"""Dynamic Perceiver: two branches that can be told apart, exits that stop the work, thresholds by budget."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchgraft.bench.meters import macs
+from torchgraft.elastic.dynamic_perceiver import EXITS, DynPerceiver, ExitPolicy, exit_loss
+from torchgraft.errors import BadInput
+
+
+def model(**changes: object) -> DynPerceiver:
+    torch.manual_seed(0)
+    settings = {"classes": 5, "width": 8, "latents": 16, "reduce": 2, "kernel": 3, **changes}
+    made = DynPerceiver(1, **settings).double().eval()  # type: ignore[arg-type]
+    with torch.no_grad():
+        for value in made.parameters():
+            value.add_(0.1 * torch.randn_like(value))
+    return made
+
+
+def images(count: int = 6) -> Tensor:
+    return torch.randn(count, 1, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def test_without_feedback_the_features_are_the_plain_network() -> None:
+    made, x = model(z2x=False), images()
+    plain = x
+    for stage in made.stages:
+        plain = stage(plain)
+    assert torch.equal(made(x)[:, EXITS.index("x")], made.exit_x(plain.mean((2, 3))))
+    told = model()
+    told.load_state_dict(made.state_dict())
+    assert not torch.allclose(told(x)[:, 2], made(x)[:, 2])
+
+
+def test_without_reading_the_latent_tokens_know_nothing_of_the_image() -> None:
+    logits = model(x2z=False)(images())
+    for exit_ in ("z3", "z4"):
+        y = logits[:, EXITS.index(exit_)]
+        assert torch.equal(y, y[:1].expand_as(y))
+    assert not torch.allclose(logits[0, 2], logits[1, 2])
+    read = model()(images())
+    assert not torch.allclose(read[0, 0], read[1, 0])
+
+
+def test_the_first_exit_has_no_gradient_to_the_fourth_stage() -> None:
+    made = model()
+    made(images())[:, 0].sum().backward()
+    later = [made.stages[3], made.look[3], made.read[3], made.think[3], made.tell[2], made.tell[3], made.onward[2]]
+    assert all(value.grad is None or not bool(value.grad.any()) for part in later for value in part.parameters())
+    earlier = [made.stages[2], made.think[2], made.tell[1]]
+    assert all(value.grad is not None and bool(value.grad.any()) for part in earlier for value in part.parameters())
+
+
+def test_early_exits_say_what_the_full_pass_says_there_and_cost_less() -> None:
+    made, x = model(), images(12)
+    logits = made(x)
+    policy = ExitPolicy.from_budget(logits.detach(), made.exit_costs(x), ratio=1.0)
+    answers, exits = made.predict(x, policy)
+    assert torch.equal(exits, policy.choose(logits.detach()))
+    assert exits.unique().tolist() == [0, 1, 2, 3]
+    assert torch.allclose(answers, logits[torch.arange(12), exits], atol=1e-12)
+    for row in range(12):
+        alone, exit_ = made.predict(x[row : row + 1], policy)
+        assert int(exit_) == int(exits[row])
+        assert torch.allclose(alone[0], answers[row], atol=1e-12)
+    calls = []
+    made.stages[3].register_forward_hook(lambda *_: calls.append(1))
+    made.predict(x[exits == 0], policy)
+    assert not calls
+
+
+def test_costs_are_those_of_the_meter_and_rise() -> None:
+    made, x = model(), images(3)
+    costs = made.exit_costs(x)
+    assert bool((costs.diff() > 0).all())
+    assert float(costs[-1]) * 3 == macs(made, x)
+
+
+def test_shares_and_cost_on_calibration_samples_are_exact() -> None:
+    made, x = model(), images(40)
+    logits, costs = made(x).detach(), made.exit_costs(x[:1])
+    policy = ExitPolicy.from_budget(logits, costs, ratio=0.5)
+    counts = torch.bincount(policy.choose(logits), minlength=4)
+    assert counts.tolist() == [21, 10, 5, 4]  # floor(40 * (8, 4, 2, 1) / 15), the rest at the last
+    assert policy.cost(logits, costs) == pytest.approx(float(counts.double() @ costs) / 40)
+    budget = float(costs[0] + costs[-1]) / 2
+    assert ExitPolicy.from_budget(logits, costs, budget=budget).cost(logits, costs) == pytest.approx(budget, rel=0.05)
+
+
+def test_the_loss_by_hand() -> None:
+    logits = torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    target = torch.tensor([0, 3, 2])
+    each = [F.cross_entropy(logits[:, e], target) for e in range(4)]
+    last = logits[:, 3].softmax(-1)
+    apart = sum(F.kl_div(logits[:, e].log_softmax(-1), last, reduction="batchmean") for e in range(3))
+    assert torch.allclose(exit_loss(logits, target), 0.5 * (each[0] + each[1]) + each[2] + each[3] + 0.5 * apart)
+
+
+def test_other_stages_can_be_given() -> None:
+    torch.manual_seed(0)
+    widths = (4, 6, 6, 10)
+    stages = [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip((1, *widths), widths, strict=False)]
+    made = DynPerceiver(1, classes=3, width=8, latents=8, stages=stages, widths=widths)
+    assert made(torch.randn(2, 1, 32, 32)).shape == (2, 4, 3)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"width": 12}, {"latents": 4}, {"kernel": 2}, {"classes": 0}, {"widths": (1, 2, 3, 4)}]
+)
+def test_bad_settings_are_refused(bad: dict[str, object]) -> None:
+    with pytest.raises(BadInput):
+        DynPerceiver(1, **bad)  # type: ignore[arg-type]
+
+
+def test_bad_policies_are_refused() -> None:
+    with pytest.raises(BadInput, match="either"):
+        ExitPolicy.from_budget(torch.zeros(2, 4, 3), torch.arange(1.0, 5.0))
+    with pytest.raises(BadInput, match="budget"):
+        ExitPolicy.from_budget(torch.zeros(2, 4, 3), torch.arange(1.0, 5.0), budget=9.0)

@@ -1,0 +1,165 @@
+"""Few-bit layers: grids by hand, packed storage, the edit, what is saved, and norms by mean magnitudes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from torchgraft.bench.files import pack_tensors, size_of_tensors, unpack_tensors
+from torchgraft.bench.meters import params
+from torchgraft.engines.quantize import additive, integers, l1_norms
+from torchgraft.engines.quantize.fewbit import (
+    FewBit,
+    PowerQuantizer,
+    bend,
+    code_layers,
+    codes_of,
+    grid,
+    largest_code,
+    magnitudes,
+    power_codes,
+    power_values,
+    set_codes,
+    stochastic_round,
+    storable_layers,
+)
+from torchgraft.engines.surgery.edits import apply_edits, edit_from_record, edit_to_record, history
+from torchgraft.errors import BadInput
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def net(seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tied = nn.Linear(6, 6)
+        twin = nn.Linear(6, 6)
+        twin.weight = tied.weight
+        return nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 6), tied, twin).eval()
+
+
+# Grids
+
+
+def test_a_bent_grid_by_hand() -> None:
+    # 3 bits, a = 1/2: levels (i/3)^2; 0.3 -> sqrt(0.3) 3 = 1.64 -> 2 -> 4/9; 0.2 -> 1.34 -> 1 -> 1/9
+    w = torch.tensor([[0.3, -0.2, 1.0, 0.0]], dtype=torch.float64)
+    scale = magnitudes(w)
+    codes = power_codes(w, scale, bits=3, exponent=0.5)
+    assert codes.tolist() == [[2, -1, 3, 0]]
+    expected = torch.tensor([[4 / 9, -1 / 9, 1.0, 0.0]], dtype=torch.float64)
+    assert torch.allclose(power_values(codes, scale, bits=3, exponent=0.5), expected, atol=1e-15)
+    assert torch.allclose(grid(3, 0.5), torch.tensor([-9.0, -4, -1, 0, 1, 4, 9], dtype=torch.float64) / 9)
+    # scales: a channel (either axis) or the tensor, and a channel of zeros stays zero
+    two = torch.tensor([[1.0, -4.0], [0.0, 0.0]])
+    assert magnitudes(two).tolist() == [[4.0], [0.0]]
+    assert magnitudes(two, axis=1).tolist() == [[1.0, 4.0]]
+    assert magnitudes(two, "tensor").tolist() == [[4.0]]
+    assert not PowerQuantizer(4)(two)[1].any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 8), st.floats(0.1, 1.0), st.integers(0, 10**6))
+def test_codes_fill_their_range_and_come_back(bits: int, exponent: float, seed: int) -> None:
+    n = largest_code(bits)
+    every = torch.arange(-n, n + 1, dtype=torch.int32)
+    scale = torch.tensor([2.5], dtype=torch.float64)
+    values = power_values(every, scale, bits=bits, exponent=exponent)
+    assert torch.equal(power_codes(values, scale, bits=bits, exponent=exponent), every)
+    w = draw(3, 9, seed=seed)
+    codes = power_codes(w, magnitudes(w), bits=bits, exponent=exponent)
+    assert int(codes.abs().max()) == n
+
+
+def test_stochastic_rounding_is_unbiased_and_keeps_whole_numbers() -> None:
+    values = torch.tensor([-1.25, 0.5, 2.9, 7.0], dtype=torch.float64)
+    made = stochastic_round(values.expand(20000, 4), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(made[:, 3], torch.full((20000,), 7.0, dtype=torch.float64))
+    fraction = values - values.floor()
+    error = (made.mean(0) - values).abs()
+    assert bool((error <= 4 * (fraction * (1 - fraction) / 20000).sqrt() + 1e-12).all())
+    assert set((made - values.floor()).unique().tolist()) == {0.0, 1.0}
+
+
+# Layers
+
+
+def test_the_layer_runs_from_its_codes() -> None:
+    linear = nn.Linear(5, 3).double()
+    x = draw(4, 5)
+    made = apply_edits(linear, [FewBit(bits={"": 3}, exponents={"": 0.6})])
+    expected = PowerQuantizer(3, 0.6)(linear.weight)
+    assert torch.allclose(made(x), x @ expected.T + linear.bias, atol=1e-7)  # the exponent is kept in float32
+    assert isinstance(made, nn.Linear)
+    assert torch.equal(codes_of(made), power_codes(linear.weight, magnitudes(linear.weight), bits=3, exponent=0.6))
+    assert made.weight_codes.numel() == math.ceil(3 * 15 / 8)
+    assert params(made) == params(linear)
+    assert made.weight is made.weight  # put together once
+    before = made(x).clone()
+    set_codes(made, -codes_of(made), 0.6)
+    assert torch.allclose(made(x) - linear.bias, linear.bias - before, atol=1e-12)
+    with pytest.raises(BadInput, match=r"codes must be"):
+        set_codes(made, torch.full((3, 5), 9), 0.6)
+
+
+def test_only_plain_layers_with_weights_of_their_own_are_taken() -> None:
+    model = net()
+    assert storable_layers(model) == ["0", "3"]
+    assert storable_layers(model, ignore=["0"]) == ["3"]
+    edit = FewBit(bits={"0": 4, "3": 2}, exponents={"0": 0.5}, granularity="tensor")
+    made = apply_edits(model, [edit])
+    assert list(code_layers(made)) == ["0", "3"]
+    assert made[0].weight_scale.shape == (1, 1, 1)
+    assert made[4].weight is made[5].weight
+    assert not code_layers(model)
+    for bad in ({"9": 4}, {"4": 4}):
+        with pytest.raises(BadInput, match="finds no layer"):
+            apply_edits(model, [FewBit(bits=bad)])
+    with pytest.raises(BadInput, match="2 to 8 bits"):
+        apply_edits(model, [FewBit(bits={"0": 9})])
+    with pytest.raises(BadInput, match="exponent must lie"):
+        apply_edits(model, [FewBit(bits={"0": 4}, exponents={"0": 1.5})])
+
+
+def test_edits_and_files_bring_the_same_layer_back() -> None:
+    model = net()
+    made = apply_edits(model, [FewBit(bits={"0": 4, "3": 5}, exponents={"3": 0.55})])
+    set_codes(made[3], codes_of(made[3]).roll(1, 0), 0.7)  # what learning may leave behind
+    edits = [edit_from_record(record) for record in json.loads(json.dumps([edit_to_record(e) for e in history(made)]))]
+    fresh = apply_edits(net(7), edits)
+    weights, _ = unpack_tensors(pack_tensors(made.state_dict()))
+    fresh.load_state_dict(weights)
+    x = torch.randn(3, 2, 6)
+    assert torch.equal(fresh(x), made(x))
+    assert size_of_tensors(made.state_dict()) < size_of_tensors(model.state_dict())
+    twin = copy.deepcopy(made)
+    twin[3].weight_codes.zero_()
+    assert not torch.equal(twin(x), made(x))
+    assert torch.equal(fresh(x), made(x))
+    assert made.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_the_bend_is_odd_and_can_be_held_off_zero() -> None:
+    x = torch.tensor([-0.5, 0.0, 0.5], dtype=torch.float64, requires_grad=True)
+    a = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    bend(x, a, least=1e-6).sum().backward()
+    assert bool(x.grad.isfinite().all())
+    assert float(bend(x.detach(), 0.5).sum()) == 0.0
+
+
+# The other files of the engine have their tests with the methods that stand on them
+
+
+def test_the_parts_of_the_engine_are_there() -> None:
+    assert additive.offset(4) == 3
+    assert integers.fixed_point(1.0, bits=4) == (8, 3)
+    assert l1_norms.rounded_values(torch.tensor([0.1, 1.0]), 2).tolist() == [0.0, 1.0]

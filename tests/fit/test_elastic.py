@@ -1,0 +1,134 @@
+"""``fit`` with ``elastic=True``: one model of several budgets, what is written of it, what repeats, what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import torchgraft
+from torchgraft.bench.meters import macs
+from torchgraft.bench.tasks import load_task
+from torchgraft.engines import recipe
+from torchgraft.engines.nesting import ElasticModule
+from torchgraft.errors import BadInput
+from torchgraft.fit import FitResult, Progress
+
+COSTS = ["macs", "params"]
+
+
+def _fit(task_file: Path, out: Path, **options: Any) -> FitResult:
+    settings: dict[str, Any] = {"elastic": True, "costs": COSTS, "procedures": ["sortednet"], "max_drop": 0.1}
+    return torchgraft.fit(str(task_file), out=out, **{**settings, **options})
+
+
+@pytest.fixture(scope="module")
+def finished(task_file: Path, tmp_path_factory: pytest.TempPathFactory) -> FitResult:
+    """A finished run on exact costs."""
+    return _fit(task_file, tmp_path_factory.mktemp("elastic") / "run")
+
+
+def test_every_budget_stands_on_the_front_at_its_counted_cost(finished: FitResult) -> None:
+    model = finished.model
+    assert isinstance(model, ElasticModule)
+    assert [c.name for c in finished.front] == ["original", *(f"sortednet@{b:.2f}" for b in model.budgets)]
+    for candidate, budget in zip(finished.front[1:], model.budgets, strict=True):
+        assert candidate.costs["macs"].ratio == pytest.approx(budget, rel=0.1)
+        assert candidate.procedures[0].key == "sortednet"
+        assert candidate.procedures[0].strength == budget
+        assert candidate.test is not None
+    full = finished.front[-1]
+    assert full.costs["macs"].ratio == 1.0
+    assert full.drop.value == 0.0
+
+
+def test_without_a_budget_the_cheapest_that_keeps_the_score_is_set(finished: FitResult) -> None:
+    assert finished.best is not None
+    kept = [c for c in finished.front[1:] if c.drop.value <= 0.1]
+    assert finished.best.costs["macs"].ratio == min(c.costs["macs"].ratio for c in kept)
+    model = finished.model
+    assert isinstance(model, ElasticModule)
+    assert finished.best.name == f"sortednet@{model.budget:.2f}"
+
+
+def test_the_saved_model_comes_back_at_its_budget_and_switches(finished: FitResult, task_file: Path) -> None:
+    task = load_task(str(task_file))
+    again = recipe.apply(finished.folder, task=task)
+    model = finished.model
+    assert isinstance(again, ElasticModule)
+    assert isinstance(model, ElasticModule)
+    assert again.budget == model.budget
+    inputs = task.val.inputs
+    full = macs(task.trained(), inputs)
+    for budget in model.budgets:
+        with torch.no_grad():
+            assert torch.equal(model.set_budget(budget)(inputs), again.set_budget(budget)(inputs))
+        assert macs(again, inputs) / full == pytest.approx(budget, rel=0.1)
+    with torch.no_grad():
+        torch.testing.assert_close(again.set_budget(1.0)(inputs), task.trained()(inputs), atol=1e-6, rtol=0)
+
+
+def test_the_outputs_of_a_run_are_written(finished: FitResult) -> None:
+    written = {path.name for path in finished.folder.iterdir()}
+    assert {"report.html", "front.json", "front.png", "run.json", "recipe.yaml", "model.safetensors"} <= written
+    assert any("set_budget" in note for note in finished.record.notes)
+    front = json.loads((finished.folder / "front.json").read_text())
+    assert front[0]["name"] == "original"
+    assert sum(candidate["best"] for candidate in front) == 1
+
+
+def test_a_budget_chooses_the_best_within_it(task_file: Path, tmp_path: Path) -> None:
+    result = _fit(task_file, tmp_path, budget="macs=0.6x")
+    assert result.best is not None
+    within = [c for c in result.front[1:] if c.costs["macs"].ratio <= 0.6 and c.drop.value <= 0.1]
+    assert result.best.validation.value == max(c.validation.value for c in within)
+
+
+def test_a_budget_that_none_meets_is_infeasible_and_names_the_nearest(task_file: Path, tmp_path: Path) -> None:
+    result = _fit(task_file, tmp_path, budget="macs=0.01x", max_drop=None)
+    assert not result.feasible
+    assert result.best is None
+    assert result.nearest.startswith("sortednet@")
+
+
+def test_a_run_that_was_stopped_goes_on_with_what_was_made(task_file: Path, tmp_path: Path) -> None:
+    def stop_when(phase: str) -> Callable[[Progress], None]:
+        def watch(progress: Progress) -> None:
+            if progress.phase == phase:
+                raise KeyboardInterrupt
+
+        return watch
+
+    with pytest.raises(KeyboardInterrupt):
+        _fit(task_file, tmp_path / "one", progress=stop_when("measure"))
+    kept = tmp_path / "one" / "elastic" / "sortednet" / "model.safetensors"
+    stamp = kept.stat().st_mtime_ns
+    resumed = _fit(task_file, tmp_path / "one")
+    assert kept.stat().st_mtime_ns == stamp
+    whole = _fit(task_file, tmp_path / "two")
+    names = [(c.name, c.validation.value, c.costs["macs"].ratio) for c in whole.front]
+    assert [(c.name, c.validation.value, c.costs["macs"].ratio) for c in resumed.front] == names
+
+
+def test_other_settings_in_the_same_folder_are_refused(finished: FitResult, task_file: Path) -> None:
+    with pytest.raises(BadInput, match="other settings"):
+        _fit(task_file, finished.folder, seed=5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"procedures": ["svd-truncation"]}, "makes no elastic model"),
+        ({"procedures": ["sortdnet"]}, "sortednet"),
+        ({"trials": 3}, "no trials"),
+        ({"study": "journal"}, "no trials"),
+        ({"ignore": ["*"]}, "no elastic procedure applies"),
+    ],
+)
+def test_what_cannot_be_is_refused(task_file: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        _fit(task_file, tmp_path, **options)

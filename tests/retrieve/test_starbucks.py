@@ -1,0 +1,150 @@
+"""The loss on a fixed menu of sizes, and masked pre-training of its sizes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchgraft.bench.models import TextEncoder
+from torchgraft.engines.nesting.embed import ElasticEmbedder, in_batch_contrast
+from torchgraft.errors import BadInput
+from torchgraft.retrieve.starbucks import MaskedAutoencoder, StarbucksLoss, smae_pretrain
+
+SIZES = ((1, 2), (2, 4), (4, 8))
+
+
+def _views(seed: int = 0) -> dict[int, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return {layer: torch.randn(5, 8, generator=draw, dtype=torch.float64) for layer in range(1, 5)}
+
+
+def test_one_pair_is_the_base_loss() -> None:
+    a, b = _views(), _views(1)
+    assert torch.equal(StarbucksLoss(in_batch_contrast, [(4, 8)])(a, b), in_batch_contrast(a[4], b[4]))
+
+
+def test_without_divergence_the_loss_is_the_sum_of_the_truncated_losses() -> None:
+    a, b = _views(), _views(1)
+    parts = [float(in_batch_contrast(a[layer][:, :dim], b[layer][:, :dim])) for layer, dim in SIZES]
+    assert float(StarbucksLoss(in_batch_contrast, SIZES, kl_weight=0.0)(a, b)) == pytest.approx(sum(parts), abs=1e-12)
+
+
+def test_the_divergence_by_hand_and_the_same_twice() -> None:
+    a = _views()
+    loss = StarbucksLoss(lambda x: x.sum() * 0, SIZES, kl_weight=2.0)
+
+    def divergence(layer: int, dim: int) -> float:
+        p, q = torch.softmax(a[4][:, :dim], -1), torch.softmax(a[layer][:, :dim], -1)
+        return float((p * (p / q).log()).sum(-1).mean())
+
+    assert float(loss(a)) == pytest.approx(0.6 * (divergence(1, 2) + divergence(2, 4)), abs=1e-12)
+    assert torch.equal(loss(a), loss(a))
+    same = dict.fromkeys(a, a[4])
+    assert float(loss(same)) == pytest.approx(0.0, abs=1e-12)
+    assert loss.nearest(3) == (2, 4)
+    assert loss.layers == (1, 2, 4)
+
+
+def test_the_teacher_is_detached_only_where_asked() -> None:
+    for detach in (False, True):
+        views = {layer: value.requires_grad_(True) for layer, value in _views().items()}
+        StarbucksLoss(lambda x: x.sum() * 0, SIZES, detach=detach)(views).backward()
+        assert bool(views[4].grad.any()) is not detach
+        assert bool(views[1].grad.any())
+
+
+def _autoencoder() -> tuple[MaskedAutoencoder, Tensor]:
+    torch.manual_seed(0)
+    encoder = TextEncoder(nn.Embedding(17, 8), 6, depth=4, num_heads=2)
+    tokens = torch.randint(1, 17, (6, 6))
+    tokens[0, 3:] = 0
+    embedder = ElasticEmbedder(encoder, tokens)
+    return MaskedAutoencoder(embedder, encoder.embed, encoder.norm, SIZES, context=6, num_heads=2).double(), tokens
+
+
+def test_the_truncated_head_is_the_whole_head_on_padded_states() -> None:
+    model, _ = _autoencoder()
+    state = torch.randn(3, 4, dtype=torch.float64)
+    padded = F.pad(state, (0, 4))
+    whole = model.head_norm(F.gelu(model.dense(padded)))
+    assert torch.allclose(model.transform(state), whole, atol=1e-12)
+
+
+def test_masks_cover_real_tokens_at_their_rates() -> None:
+    model, tokens = _autoencoder()
+    many = tokens.repeat(300, 1)
+    masks = model.draw(many, torch.Generator().manual_seed(0))
+    for mask, rate in ((masks.encoder, 0.2), (masks.decoder, 0.4)):
+        assert not bool(mask[many == 0].any())
+        assert bool(mask.any(1).all())
+        # One token at least is masked in each text of six, so the share lies a little above the rate.
+        assert rate < float(mask[many != 0].double().mean()) < rate + 0.12
+
+
+def test_special_tokens_are_never_hidden() -> None:
+    model, tokens = _autoencoder()
+    model.special = (0, 3)
+    masks = model.draw(tokens.clamp(max=4).repeat(50, 1), torch.Generator().manual_seed(0))
+    for mask in (masks.encoder, masks.decoder):
+        assert not bool(mask[tokens.clamp(max=4).repeat(50, 1) == 3].any())
+        assert bool(mask.any())
+
+
+def test_masked_tokens_are_hidden_and_only_they_are_predicted() -> None:
+    model, tokens = _autoencoder()
+    masks = model.draw(tokens, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        base = model.parts(tokens, masks)
+        states, _ = model.states(tokens, masks.encoder)
+        other = torch.where(masks.encoder, tokens % 16 + 1, tokens)
+        hidden, _ = model.states(other, masks.encoder)
+        assert all(torch.allclose(states[layer], hidden[layer], atol=1e-12) for layer in states)
+        shown, _ = model.states(other, torch.zeros_like(masks.encoder))
+        assert not torch.allclose(states[4], shown[4], atol=1e-3)
+        for (layer, dim), (predicted, _) in zip(SIZES, base, strict=True):
+            logits = model.logits(model.transform(states[layer][..., :dim]))
+            by_hand = F.cross_entropy(logits[masks.encoder], tokens[masks.encoder])
+            assert float(predicted) == pytest.approx(float(by_hand), abs=1e-12)
+    assert not any(model.embedding._forward_hooks)
+
+
+def test_the_decoder_reads_the_embedding() -> None:
+    model, tokens = _autoencoder()
+    masks = model.draw(tokens, torch.Generator().manual_seed(0))
+    model.dense.weight.requires_grad_(False)
+    rebuilt = torch.stack([part for _, part in model.parts(tokens, masks)]).sum()
+    gradient = torch.autograd.grad(rebuilt, model.embedder.encoder.blocks[3].mlp.fc2.weight)[0]
+    assert float(gradient.abs().max()) > 0
+
+
+def test_pre_training_lowers_its_loss_and_moves_the_encoder_alone() -> None:
+    torch.manual_seed(0)
+    encoder = TextEncoder(nn.Embedding(9, 8), 5, depth=2, num_heads=2)
+    tokens = torch.randint(1, 3, (32, 5))
+    embedder = ElasticEmbedder(encoder, tokens[:2])
+    before, names = copy.deepcopy(encoder.state_dict()), set(dict(encoder.named_modules()))
+    sizes = [(1, 4), (2, 8)]
+    losses = smae_pretrain(embedder, tokens, encoder.embed, encoder.norm, sizes, steps=30, num_heads=2, lr=1e-2)
+    assert losses[-1] < losses[0] - 0.3
+    assert set(dict(encoder.named_modules())) == names
+    assert any(not torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+
+
+def test_bad_menus_and_views_are_refused() -> None:
+    for bad in ([], [(1, 4), (2, 4)], [(2, 2), (1, 4)], [(0, 2)]):
+        with pytest.raises(BadInput, match="sizes"):
+            StarbucksLoss(in_batch_contrast, bad)
+    with pytest.raises(BadInput, match="kl_weight"):
+        StarbucksLoss(in_batch_contrast, SIZES, kl_weight=-1.0)
+    loss = StarbucksLoss(in_batch_contrast, SIZES)
+    with pytest.raises(BadInput, match="layers"):
+        loss({4: torch.ones(2, 8)}, {4: torch.ones(2, 8)})
+    with pytest.raises(BadInput, match="coordinates"):
+        StarbucksLoss(in_batch_contrast, [(1, 2)])(_views(), _views())
+    model, _ = _autoencoder()
+    with pytest.raises(BadInput, match="rates"):
+        MaskedAutoencoder(model.embedder, model.embedding, model.norm, SIZES, context=6, rates=(0.0, 0.5))
