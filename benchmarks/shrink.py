@@ -6,7 +6,7 @@ latency and size. The volume is that of :func:`torchgraft.fit.contribution.gains
 original's, 0 where a tenth of it is lost) times the halvings of latency times those of size. Validation scores of the
 models on the front count, on both sides alike.
 
-``--learn`` measures instead the gain and the time of every procedure alone, at three strengths on a seed of its own,
+``--learn`` measures instead the gain and the time of every procedure alone, at two strengths on a seed of its own,
 and writes ``src/torchgraft/fit/experience.json``, by which ``fit`` orders what it tries.
 
 Finished cells stand in the output file and are not run again.
@@ -54,7 +54,7 @@ FIRST = (
     "int8-dynamic",
 )
 COSTS = ("latency", "size")
-LEARNING_SEED, LEARNING_STEPS, STRENGTHS = 100, 30, (0.3, 0.6, 0.9)
+LEARNING_SEED, LEARNING_STEPS, STRENGTHS = 100, 20, (0.4, 0.8)
 EXPERIENCE = Path(__file__).parents[1] / "src" / "torchgraft" / "fit" / "experience.json"
 
 
@@ -162,9 +162,12 @@ def figure(cells: dict[str, Any], path: Path) -> None:
     plt.close(drawn)
 
 
-def learn(names: tuple[str, ...]) -> dict[str, Any]:
-    """Return the gain and the relative time of every procedure alone."""
-    rows: dict[str, list[tuple[float, float]]] = {}
+def learn(names: tuple[str, ...], raw: Path) -> dict[str, Any]:
+    """Return the gain and the relative time of every procedure alone; what stands in ``raw`` is not measured again.
+
+    Procedures that train for themselves are measured on the first task only: a trial of theirs takes minutes.
+    """
+    cells: dict[str, list[float]] = json.loads(raw.read_text(encoding="utf-8")) if raw.exists() else {}
     effort = Effort(None, None, None, LEARNING_STEPS, 0)
     for name in names:
         task = builtin(name, LEARNING_SEED)
@@ -173,28 +176,41 @@ def learn(names: tuple[str, ...]) -> dict[str, Any]:
         workshop = Workshop(task, original, plan, (), ("latency", "size", "params", "macs"), seed=LEARNING_SEED)
         base = float(workshop.validation.mean())
         for stage, members in plan.stages.items():
-            for key in members:
+            for key, procedure in members.items():
+                if f"{name}/{key}" in cells or (procedure.expense > 2 and name != names[0]):
+                    continue
                 found = []
                 for strength in STRENGTHS:
                     begun = time.monotonic()
                     try:
-                        trial, _ = run_trial(workshop, Choice({stage: (key, strength)}, strength), effort, 0, [], None)
+                        trial, _ = run_trial(workshop, Choice({stage: (key, strength)}), effort, 0, [], None)
                     except Exception as error:  # a trial that fails gains nothing, in fit as well
                         print(f"{name}: {key} at {strength}: {type(error).__name__}: {error}", flush=True)
                         found.append((0.0, time.monotonic() - begun))
                         continue
                     found.append((gain(trial, base), time.monotonic() - begun))
-                best = max(value for value, _ in found)
-                rows.setdefault(key, []).append((best, statistics.fmean(seconds for _, seconds in found)))
-                print(f"{name}: {key}: gain {best:.3f} in {rows[key][-1][1]:.1f} s", flush=True)
-    quickest = min(statistics.fmean(seconds for _, seconds in values) for values in rows.values())
+                cells[f"{name}/{key}"] = [
+                    max(value for value, _ in found),
+                    statistics.fmean(seconds for _, seconds in found),
+                ]
+                value, seconds = cells[f"{name}/{key}"]
+                print(f"{name}: {key}: gain {value:.3f} in {seconds:.1f} s", flush=True)
+                write_atomic(raw, json.dumps(cells, indent=1) + "\n")
+    quickest = {
+        name: min(seconds for place, (_, seconds) in cells.items() if place.startswith(f"{name}/")) for name in names
+    }
+    rows: dict[str, list[tuple[float, float]]] = {}
+    for place, (value, seconds) in cells.items():
+        name, key = place.split("/")
+        if name in quickest:
+            rows.setdefault(key, []).append((value, seconds / quickest[name]))
     return {
         "tasks": list(names),
         "torch": torch.__version__,
         "procedures": {
             key: {
                 "gain": round(statistics.fmean(value for value, _ in values), 3),
-                "seconds": round(statistics.fmean(seconds for _, seconds in values) / quickest, 2),
+                "seconds": round(statistics.fmean(seconds for _, seconds in values), 2),
             }
             for key, values in sorted(rows.items())
         },
@@ -211,7 +227,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/shrink.json"))
     chosen = parser.parse_args()
     if chosen.learn:
-        write_atomic(EXPERIENCE, json.dumps(learn(tuple(chosen.tasks)), indent=1) + "\n")
+        write_atomic(
+            EXPERIENCE, json.dumps(learn(tuple(chosen.tasks), Path("results/experience.json")), indent=1) + "\n"
+        )
         return
     cells: dict[str, Any] = {}
     if chosen.out.exists():

@@ -263,14 +263,14 @@ def main() -> None:
     }
     for section in options.sections:
         begun = time.perf_counter()
-        found = []
+        found: list[dict[str, Any]] = []
         with torch.no_grad():
             for row in rows[section](options.rounds):
                 found.append(row)
                 show(row)
-        seconds = round(time.perf_counter() - begun, 1)
-        record[section] = {"machine": machine(), "seconds": seconds, "rows": found}
-        write_atomic(options.out, json.dumps(record, indent=1) + "\n")
+                seconds = round(time.perf_counter() - begun, 1)
+                record[section] = {"machine": machine(), "seconds": seconds, "rows": found}
+                write_atomic(options.out, json.dumps(record, indent=1) + "\n")
         print(f"{section}: {seconds:.0f} s; speed-ups over dense with 95 % intervals, by sparsity/rows of a block\n")
 
 

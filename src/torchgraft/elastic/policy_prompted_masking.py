@@ -3,9 +3,9 @@
 `UGround: Towards Unified Visual Grounding with Unrolled Transformers <https://arxiv.org/abs/2510.03853>`_ (Qian et al.,
 2025).
 
-Equation: ``u_l = w_l . h^l_s / sqrt(D), a ~ softmax(u), S_p = h^a_s . h^a_p``; policy loss ``-(r - b) log pi(a)``.
+Equation: ``u_l = w_l . h^l_s / D, a ~ softmax(u), S_p = h^a_s . h^a_p``; policy loss ``-(r - b) log pi(a)``.
 
-Departures: the initial logits are sums of hidden states, which a division by sqrt(D) tempers. Rewards are each query's own,
+Departures: the initial logits are sums of hidden states, which a division by D tempers. Rewards are each query's own,
 where the paper's code shares one in a batch. The two-layer projection of the chosen state is the decoder's.
 """
 
@@ -34,7 +34,7 @@ CARD = Card(
     family="elastic",
     kind="part",
     engine=("taps",),
-    equation="u_l = w_l . h^l_s / sqrt(D); a ~ softmax(u); S_p = h^a_s . h^a_p; L = -(r - b) log pi(a)",
+    equation="u_l = w_l . h^l_s / D; a ~ softmax(u); S_p = h^a_s . h^a_p; L = -(r - b) log pi(a)",
     entry="LayerPolicy",
     example={"d_model": 8, "num_layers": 4},
     shapes=((5, 3, 4, 8),),
@@ -113,7 +113,7 @@ class LayerPolicy(nn.Module):
                 f"states must be floating point of shape (B, Q, {self.num_layers}, {self.d_model}), got {states.dtype} "
                 f"{tuple(states.shape)}"
             )
-        logits: Tensor = (states * self.weight).sum(-1) / self.d_model**0.5
+        logits: Tensor = (states * self.weight).sum(-1) / self.d_model
         return logits
 
     def sample(self, states: Tensor, *, generator: torch.Generator | None = None) -> Tensor:

@@ -216,8 +216,11 @@ class Workshop:
         return best
 
     def recover(self, model: nn.Module, *, steps: int, seed: int, deadline: float | None = None) -> int:
-        """Train ``model`` in place to follow the original; return how many steps were taken."""
-        if steps <= 0:
+        """Train ``model`` in place to follow the original; return how many steps were taken.
+
+        The original itself, to which a precision procedure alone is applied at the end, has nothing to recover.
+        """
+        if steps <= 0 or model is self.original:
             return 0
         record = distill(model, self.original, self.task, steps=steps, seed=seed, deadline=deadline)
         model.eval()

@@ -1,4 +1,4 @@
-"""NUPES on digits-vit: weights of 3 and 4 bits on a bent grid beside the uniform one, with and without data."""
+"""NUPES on a small digits transformer: 3 and 4 bits on a bent grid beside the uniform one, with and without data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["run"]
 
 _SAMPLES = 128
 _STEPS, _BATCH = 40, 32
-_WIDTH, _DEPTH, _TRAINING = 24, 4, 400
+_WIDTH, _DEPTH, _TRAINING = 16, 4, 400
 
 
 def measure(seed: int) -> dict[str, float]:
@@ -65,13 +65,14 @@ def measure(seed: int) -> dict[str, float]:
 
 
 def run(seeds: Sequence[int] = (0, 1, 2, 3, 4)) -> ClaimRecord:
-    """Run the claim: each trained model's layers, first and last included, are stored with one scale a tensor.
+    """Run the claim: 4 blocks of width 16, 400 steps of AdamW (4e-3); first and last layer are quantised too.
 
-    Refinement has 25 steps of 16 samples a layer, for what they cost, the same for the AdaRound-style baseline. Scores
-    are accuracies on the test split.
+    The width is the widest of 32, 24 and 16 at which, on the validation images of seed 100, uniform rounding loses a
+    point at 4 bits and 5 points at 3. Refinement has 40 steps of 32 samples a layer, the same for the AdaRound-style
+    baseline, and was not tuned. Scores are accuracies on the test split.
 
     Args:
-        seeds: of the trained models; they are cached.
+        seeds: initial weights and order of the data.
     """
     figure = CARD.claim.figure if CARD.claim is not None else ""
     begun = time.perf_counter()
@@ -88,7 +89,7 @@ def run(seeds: Sequence[int] = (0, 1, 2, 3, 4)) -> ClaimRecord:
         "4 bits, NUPES below float, points": 100 * (mean["float"] - mean["4 bits, NUPES"]),
     }
     values = list(effects.values())
-    return judge(
+    record = judge(
         CARD.key,
         figure,
         metrics=metrics,
@@ -102,3 +103,10 @@ def run(seeds: Sequence[int] = (0, 1, 2, 3, 4)) -> ClaimRecord:
         seeds=seeds,
         seconds=time.perf_counter() - begun,
     )
+    words = (
+        "This is the second run. The first was on digits-vit (width 64, seeds 0 to 4), where nothing was to be gained: "
+        "uniform rounding lost 0 points at 4 bits and 0.3 at 3, and PowerQuant and NUPES lay within 0.2 points of it. "
+        "The figure is as it was. Weights of such small models are less bell-shaped than those of the paper's: the "
+        "exponents found are about 0.8, not 0.5, and the gain is the smaller for it."
+    )
+    return record.model_copy(update={"notes": words})

@@ -24,10 +24,10 @@ from torchgraft.shrink.quantize.pulsedl_int import (
 
 __all__ = ["run"]
 
-#: At 30 dB, where noise decides and not the fit, 300 and 100.
-_STEPS, _FINE = {47: 500, 30: 300}, {47: 150, 30: 100}
+#: At 30 dB, where noise decides and not the fit, fewer.
+_STEPS, _FINE = {47: 900, 30: 300}, {47: 600, 30: 100}
 _TRAIN, _TEST = 16_000, 4_000
-_HIDDEN = 32
+_HIDDEN = 48
 _WHEN, _SIZE = "time resolution in samples", "energy resolution"
 #: t0 lies in [8, 10] samples, A in [0.5, 1].
 _MIDDLE, _SPREAD = torch.tensor([9.0, 0.75]), torch.tensor([2 / 12**0.5, 0.5 / 12**0.5])
@@ -93,12 +93,13 @@ def measure(seed: int) -> dict[str, float]:
 
 
 def run(seeds: Sequence[int] = (0, 1, 2)) -> ClaimRecord:
-    """Run the claim: 500 float steps of 64 pulses, 150 of fine-tuning with rounding, then integers; 4k test pulses.
+    """Run the claim: 900 float steps of 64 pulses, 600 of fine-tuning with rounding, then integers; 4k test pulses.
 
-    The float net has the same 150 further steps. Weights and activations have 8 bits, the input has 12, sums 32. The
-    fraction of the baseline is the best of six on the training pulses; its constant offset does not count. Steps, rates
-    and the shape of the pulses were chosen on seed 100, outside the claim: with a decay of 6 samples and t0 anywhere in
-    8, the Cramer-Rao bound itself is less than 1.5 times better than constant fraction.
+    At 30 dB there are 300 and 100. The float net has the same further steps. Weights and activations have 8 bits, the
+    input has 12, sums 32. The fraction of the baseline is the best of six on the training pulses; its constant offset
+    does not count. Steps, hidden width and the shape of the pulses were chosen on seed 100, outside the claim: with a
+    decay of 6 samples and t0 anywhere in 8, the Cramer-Rao bound itself is less than 1.5 times better than constant
+    fraction.
 
     Args:
         seeds: initial weights, pulses and their order.
@@ -116,7 +117,7 @@ def run(seeds: Sequence[int] = (0, 1, 2)) -> ClaimRecord:
         "parameters": mean["parameters"],
     }
     values = list(effects.values())
-    return judge(
+    record = judge(
         CARD.key,
         figure,
         metrics=metrics,
@@ -130,3 +131,9 @@ def run(seeds: Sequence[int] = (0, 1, 2)) -> ClaimRecord:
         seeds=seeds,
         seconds=time.perf_counter() - begun,
     )
+    words = (
+        "This is the second run. The first had 500 and 150 steps and a hidden width of 32: energy 24 % above float32, the "
+        "other parts held as here. The figure is as it was. What is missing in energy comes from rounding activations to "
+        "8 bits, not weights; at 30 dB noise hides it. The paper reports 0.40 % at 47.4 dB for its chip."
+    )
+    return record.model_copy(update={"notes": words})

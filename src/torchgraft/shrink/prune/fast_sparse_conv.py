@@ -84,6 +84,8 @@ CARD = Card(
 _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: Bytes that the pattern's own entry takes in a file.
 _ENTRY = 128
+#: A layer that is faster from a lower sparsity on is not mentioned among those left dense.
+_WORTH_SAYING = 0.25
 
 
 def sparsify_pointwise(
@@ -244,8 +246,10 @@ class FastSparseConv(Procedure):
             if meeting.sparsity >= self.most:
                 ratio = meeting.ratio(1.0 - self.most)
                 words = f"left dense: {self.most:.0%} sparse it takes {ratio:.2f}x of its dense time on this machine"
-            else:
+            elif meeting.sparsity >= _WORTH_SAYING:
                 words = f"left dense up to a sparsity of {meeting.sparsity:.0%}, where dense is faster on this machine"
+            else:
+                continue
             found.append(Refusal(name, words))
         return found
 

@@ -58,8 +58,8 @@ CARD = Card(
     equation="S = (Q_b K_b^T + q_m k_p^T + q_p k_m^T + q_p k_p^T) / sqrt(K), o = P_b V_b + P_b (X P_v 1^T)",
     entry="BinaryAttention",
     declared={"parameters": "4 * (d_model**2 + d_model) + 6 + 5 * (d_model + 1) * rank"},
-    example={"d_model": 16, "num_heads": 2, "rank": 1},
-    shapes=((2, 5, 16),),
+    example={"d_model": 8, "num_heads": 2, "rank": 1},
+    shapes=((2, 5, 8),),
     oracles=(
         "with the exact residuals as estimators the four terms sum to Q K^T to 1e-5",
         "estimators of zero give the plain binary attention bit for bit",
