@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from torchgraft.bench.files import write_atomic
 from torchgraft.bench.tasks import builtin
 from torchgraft.fit import fit
 from torchgraft.fit.contribution import gains
-from torchgraft.fit.experience import gain
+from torchgraft.fit.experience import kept
 from torchgraft.fit.pareto import hypervolume
 from torchgraft.fit.plan import make_plan
 from torchgraft.fit.search import Effort, run_trial
@@ -55,6 +57,8 @@ FIRST = (
 )
 COSTS = ("latency", "size")
 LEARNING_SEED, LEARNING_STEPS, STRENGTHS = 100, 20, (0.4, 0.8)
+#: The costs that are learnt about.
+LEARNT = ("latency", "size", "params", "macs")
 EXPERIENCE = Path(__file__).parents[1] / "src" / "torchgraft" / "fit" / "experience.json"
 
 
@@ -167,50 +171,54 @@ def learn(names: tuple[str, ...], raw: Path) -> dict[str, Any]:
 
     Procedures that train for themselves are measured on the first task only: a trial of theirs takes minutes.
     """
-    cells: dict[str, list[float]] = json.loads(raw.read_text(encoding="utf-8")) if raw.exists() else {}
+    cells: dict[str, dict[str, Any]] = json.loads(raw.read_text(encoding="utf-8")) if raw.exists() else {}
     effort = Effort(None, None, None, LEARNING_STEPS, 0)
     for name in names:
         task = builtin(name, LEARNING_SEED)
         original = task.trained()
-        plan = make_plan(original, task, costs=("latency", "size", "params", "macs"))
-        workshop = Workshop(task, original, plan, (), ("latency", "size", "params", "macs"), seed=LEARNING_SEED)
+        plan = make_plan(original, task, costs=LEARNT)
+        workshop = Workshop(task, original, plan, (), LEARNT, seed=LEARNING_SEED)
         base = float(workshop.validation.mean())
         for stage, members in plan.stages.items():
             for key, procedure in members.items():
                 if f"{name}/{key}" in cells or (procedure.expense > 2 and name != names[0]):
                     continue
-                found = []
+                found: list[tuple[float, dict[str, Any]]] = []
                 for strength in STRENGTHS:
                     begun = time.monotonic()
+                    row: dict[str, Any] = {"kept": 0.0, "halvings": dict.fromkeys(LEARNT, 0.0)}
                     try:
                         trial, _ = run_trial(workshop, Choice({stage: (key, strength)}), effort, 0, [], None)
+                        halvings = {cost: -math.log2(max(trial.ratios[cost], 1e-9)) for cost in LEARNT}
+                        row = {"kept": kept(trial, base), "halvings": halvings}
                     except Exception as error:  # a trial that fails gains nothing, in fit as well
                         print(f"{name}: {key} at {strength}: {type(error).__name__}: {error}", flush=True)
-                        found.append((0.0, time.monotonic() - begun))
-                        continue
-                    found.append((gain(trial, base), time.monotonic() - begun))
-                cells[f"{name}/{key}"] = [
-                    max(value for value, _ in found),
-                    statistics.fmean(seconds for _, seconds in found),
-                ]
-                value, seconds = cells[f"{name}/{key}"]
-                print(f"{name}: {key}: gain {value:.3f} in {seconds:.1f} s", flush=True)
+                    row["seconds"] = time.monotonic() - begun
+                    found.append((row["kept"] * sum(max(v, 0.0) for v in row["halvings"].values()), row))
+                best = max(found, key=lambda pair: pair[0])[1]
+                cells[f"{name}/{key}"] = {**best, "seconds": statistics.fmean(row["seconds"] for _, row in found)}
+                print(f"{name}: {key}: {cells[f'{name}/{key}']}", flush=True)
                 write_atomic(raw, json.dumps(cells, indent=1) + "\n")
     quickest = {
-        name: min(seconds for place, (_, seconds) in cells.items() if place.startswith(f"{name}/")) for name in names
+        name: min(row["seconds"] for place, row in cells.items() if place.startswith(f"{name}/")) for name in names
     }
-    rows: dict[str, list[tuple[float, float]]] = {}
-    for place, (value, seconds) in cells.items():
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for place, row in cells.items():
         name, key = place.split("/")
         if name in quickest:
-            rows.setdefault(key, []).append((value, seconds / quickest[name]))
+            rows.setdefault(key, []).append({**row, "seconds": row["seconds"] / quickest[name]})
+
+    def mean(values: list[dict[str, Any]], pick: Callable[[dict[str, Any]], float]) -> float:
+        return round(statistics.fmean(map(pick, values)), 3)
+
     return {
         "tasks": list(names),
         "torch": torch.__version__,
         "procedures": {
             key: {
-                "gain": round(statistics.fmean(value for value, _ in values), 3),
-                "seconds": round(statistics.fmean(seconds for _, seconds in values), 2),
+                "kept": mean(values, lambda row: row["kept"]),
+                "halvings": {cost: mean(values, lambda row, cost=cost: row["halvings"][cost]) for cost in LEARNT},
+                "seconds": mean(values, lambda row: row["seconds"]),
             }
             for key, values in sorted(rows.items())
         },

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchgraft.fit.contribution import contributions, gains
-from torchgraft.fit.experience import gain, known, price
+from torchgraft.fit.experience import Known, gain, known, price
 from torchgraft.fit.pareto import hypervolume
 from torchgraft.report.records import Applied, Candidate, CostRecord, Interval, Trial
 
@@ -102,24 +102,47 @@ def test_a_front_of_the_original_alone_has_no_contributions() -> None:
     assert contributions([_candidate("original", [], 1.0, 1.0)], [], ["macs"]) == []
 
 
-def test_a_gain_is_halvings_times_what_is_kept_of_the_score() -> None:
+def test_a_gain_is_halvings_of_what_is_aimed_at_times_what_is_kept_of_the_score() -> None:
     both = _trial(["a"], 0.8, 0.25).model_copy(update={"ratios": {"macs": 0.25, "size": 1.0}})
-    assert gain(both, 0.8) == pytest.approx(1.0)
-    assert gain(both, 0.8 / 0.97) == pytest.approx(math.exp(-1.0))
-    assert gain(_trial(["a"], 0.8, 2.0), 0.8) == 0.0
-    assert gain(_trial(["a"], 0.8, 0.25, "failed"), 0.8) == 0.0
+    assert gain(both, 0.8, ["macs"]) == pytest.approx(2.0)
+    assert gain(both, 0.8, ["macs", "size"]) == pytest.approx(1.0)
+    assert gain(both, 0.8, ["size"]) == 0.0
+    assert gain(both, 0.8 / 0.97, ["macs"]) == pytest.approx(2.0 * math.exp(-1.0))
+    assert gain(_trial(["a"], 0.8, 2.0), 0.8, ["macs"]) == 0.0
+    assert gain(_trial(["a"], 0.8, 0.25, "failed"), 0.8, ["macs"]) == 0.0
+
+
+def test_what_is_known_depends_on_the_aim() -> None:
+    before = Known(0.5, {"latency": 0.0, "size": 3.0}, 1.0)
+    assert before.gain(["size"]) == 1.5
+    assert before.gain(["latency"]) == 0.0
+    assert before.gain(["latency", "size"]) == 0.75
+    assert before.gain(["memory"]) == 0.75  # not measured: the mean of all
 
 
 def test_the_price_follows_what_a_run_has_measured() -> None:
-    before = known("no-such-procedure", 1)
-    start = price("no-such-procedure", 1)
-    assert start == pytest.approx(before.seconds / before.gain)
-    good, bad = _trial(["no-such-procedure"], 1.0, 0.25), _trial(["no-such-procedure"], 0.5, 0.25)
-    assert price("no-such-procedure", 1, trials=[good]) < start < price("no-such-procedure", 1, trials=[bad])
-    assert price("no-such-procedure", 1, trials=[good]) == pytest.approx(before.seconds / ((2 * before.gain + 2.0) / 3))
+    key, aims = "no-such-procedure", ["macs"]
+    before = known(key, 1)
+    start = price(key, 1, aims=aims)
+    assert start == pytest.approx(before.seconds / before.gain(aims))
+    good, bad = _trial([key], 1.0, 0.25), _trial([key], 0.5, 0.25)
+    assert price(key, 1, aims=aims, trials=[good]) < start < price(key, 1, aims=aims, trials=[bad])
+    expected = before.seconds / ((2 * before.gain(aims) + 2.0) / 3)
+    assert price(key, 1, aims=aims, trials=[good]) == pytest.approx(expected)
     # What another procedure of the stage gained counts, too.
     mate = _trial(["mate"], 0.5, 0.25)
-    assert price("no-such-procedure", 1, mates=["mate"], trials=[mate]) > start
-    assert price("no-such-procedure", 1, mates=["other"], trials=[mate]) == start
-    assert price("no-such-procedure", 3) > price("no-such-procedure", 0)
-    assert math.isfinite(price("no-such-procedure", 0, trials=[_trial(["no-such-procedure"], -1e9, 0.5)] * 50))
+    assert price(key, 1, aims=aims, mates=["mate"], trials=[mate]) > start
+    assert price(key, 1, aims=aims, mates=["other"], trials=[mate]) == start
+    assert price(key, 3, aims=aims) > price(key, 0, aims=aims)
+    assert math.isfinite(price(key, 0, aims=aims, trials=[_trial([key], -1e9, 0.5)] * 50))
+
+
+def test_what_is_shipped_puts_int8_first_for_latency_and_fewer_bits_for_size() -> None:
+    """Codes of few bits are executed as floats, so they can only be first where the file is what counts."""
+    latency, size = (
+        {key: price(key, 1, aims=[cost]) for key in ("int8-dynamic", "nupes-power-quant")}
+        for cost in ("latency", "size")
+    )
+    assert latency["int8-dynamic"] < latency["nupes-power-quant"]
+    assert known("nupes-power-quant", 1).gain(["size"]) > known("int8-dynamic", 1).gain(["size"])
+    assert size["nupes-power-quant"] < latency["nupes-power-quant"]

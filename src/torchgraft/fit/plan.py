@@ -91,6 +91,7 @@ def make_plan(
     ignore: Sequence[str] = (),
     training: bool = True,
     costs: Sequence[str] = ("latency",),
+    aims: Sequence[str] = (),
 ) -> Plan:
     """Return the plan for ``model``.
 
@@ -101,6 +102,7 @@ def make_plan(
         ignore: globs of module names that must stay as they are.
         training: whether procedures that train may be used.
         costs: the costs that are measured; a procedure may act otherwise where latency is not among them.
+        aims: the costs that are to fall, by default all of ``costs``; what is best at them is tried first.
 
     Raises:
         BadInput: a wanted key is unknown or cannot be used, or no procedure applies at all.
@@ -135,7 +137,9 @@ def make_plan(
         plan.stages.setdefault(card.stage or "", {})[card.key] = procedure
         plan.sites[card.key] = sites
     plan.stages = {
-        stage: dict(sorted(plan.stages[stage].items(), key=lambda item: price(item[0], item[1].expense)))
+        stage: dict(
+            sorted(plan.stages[stage].items(), key=lambda item: price(item[0], item[1].expense, aims=aims or costs))
+        )
         for stage in STAGES
         if stage in plan.stages
     }

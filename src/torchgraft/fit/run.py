@@ -154,7 +154,8 @@ def fit(
         )
         tell(Progress("done", "done", 1.0, tuple(result.record.trials)))
         return result
-    plan = make_plan(original, task, wanted=procedures, ignore=ignore, training=training, costs=measured)
+    aims = [limit.cost for limit in limits]
+    plan = make_plan(original, task, wanted=procedures, ignore=ignore, training=training, costs=measured, aims=aims)
     workshop = Workshop(task, original, plan, limits, measured, ignore=ignore, seed=seed)
     settings: dict[str, object] = {
         "budget": [limit.text for limit in limits],
@@ -183,7 +184,7 @@ def fit(
         trials=list(finished),
         refused=plan.refused,
         not_helped=finals.not_helped(workshop, finished, max_drop),
-        contributions=contributions(front, finished, [limit.cost for limit in limits] or measured),
+        contributions=contributions(front, finished, aims or measured),
         nearest=near,
         best=best,
         model=model,

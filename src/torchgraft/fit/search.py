@@ -82,7 +82,7 @@ def slot_seed(seed: int, slot: int) -> int:
     return int(np.random.SeedSequence([seed, slot]).generate_state(1)[0])
 
 
-def opening(plan: Plan, trials: Sequence[Trial] = (), original: float = 1.0) -> list[Choice]:
+def opening(plan: Plan, *, aims: Sequence[str], trials: Sequence[Trial] = (), original: float = 1.0) -> list[Choice]:
     """Return the first choices: one procedure of each stage alone, then natural pairs, then the other procedures.
 
     Stages come in their order, which is also that of cost: a cut in depth needs no trace and no scores. The other
@@ -91,6 +91,7 @@ def opening(plan: Plan, trials: Sequence[Trial] = (), original: float = 1.0) -> 
 
     Args:
         plan: what may be done.
+        aims: the costs that are to fall.
         trials: finished trials of this run.
         original: the original's validation score.
     """
@@ -109,7 +110,7 @@ def opening(plan: Plan, trials: Sequence[Trial] = (), original: float = 1.0) -> 
     shown = [trial for trial in trials if trial.number < len(begun)]
     prices = {
         (stage, key): price(
-            key, procedure.expense, mates=[k for k in members if k != key], trials=shown, original=original
+            key, procedure.expense, aims=aims, mates=[k for k in members if k != key], trials=shown, original=original
         )
         for stage, members in plan.stages.items()
         for key, procedure in members.items()
@@ -268,7 +269,12 @@ def search(
                     time.sleep(0.5)
                     continue
                 break
-            first = opening(workshop.plan, trial_records(study), float(workshop.validation.mean()))
+            first = opening(
+                workshop.plan,
+                aims=[limit.cost for limit in workshop.limits] or workshop.costs,
+                trials=trial_records(study),
+                original=float(workshop.validation.mean()),
+            )
             study.sampler = _sampler(workshop.seed, slot, first, workshop.plan)
             trial = study.ask()
             trial.set_user_attr(storage.WORKER, storage.worker())

@@ -58,6 +58,7 @@ def _video_net() -> nn.Module:
         nn.BatchNorm3d(16),
         nn.ReLU(),
         nn.Conv3d(16, 16, 3, padding=(0, 1, 1)),
+        nn.BatchNorm3d(16),
         nn.ReLU(),
         nn.AdaptiveAvgPool3d(1),
         nn.Flatten(1),
@@ -69,9 +70,9 @@ def _stream(seed: int) -> dict[str, float]:
     torch.manual_seed(seed)
     draw = torch.Generator().manual_seed(seed)
     model = _video_net()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(80):
-        target = torch.randint(0, len(MOVES), (24,), generator=draw)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(100):
+        target = torch.randint(0, len(MOVES), (32,), generator=draw)
         loss = F.cross_entropy(model(_frames(target[:, None].expand(-1, CLIP), draw)), target)
         optimizer.zero_grad()
         torch.autograd.backward(loss)

@@ -132,8 +132,9 @@ def run(seeds: Sequence[int] = (0, 1, 2)) -> ClaimRecord:
         seconds=time.perf_counter() - begun,
     )
     words = (
-        "This is the second run. The first had 500 and 150 steps and a hidden width of 32: energy 24 % above float32, the "
-        "other parts held as here. The figure is as it was. What is missing in energy comes from rounding activations to "
-        "8 bits, not weights; at 30 dB noise hides it. The paper reports 0.40 % at 47.4 dB for its chip."
+        "This is the second run. The first had 500 and 150 steps and a hidden width of 32: energy 24 % above float32, "
+        "the other parts held as here. The figure is as it was. What is missing in energy comes from rounding "
+        "activations to 8 bits, not weights; at 30 dB noise hides it. The paper reports 0.40 % at 47.4 dB for its "
+        "chip."
     )
     return record.model_copy(update={"notes": words})

@@ -112,13 +112,15 @@ class BinaryProjection(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features).uniform_(-1, 1) * in_features**-0.5)
         self.bias = nn.Parameter(torch.zeros(out_features))
 
-    def binary_weight(self) -> Tensor:
-        """Return the weight that is computed with, of two values."""
-        held = self.weight.detach()
+    def binary_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the weight that is computed with, of two values, in ``dtype``; its own by default."""
+        weight = self.weight if dtype is None else self.weight.to(dtype)
+        held = weight.detach()
         size, middle = held.abs().mean(), held.mean()
         # Scaled signs with the latent's own gradient: the slope divides out the scale.
-        return size * Identity()((self.weight - middle) / size.clamp(min=_LEAST))
+        return size * Identity()((weight - middle) / size.clamp(min=_LEAST))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the output."""
-        return F.linear(x if self.inputs is None else self.inputs(x), self.binary_weight(), self.bias)
+        """Return the output, computed in the dtype of ``x``."""
+        signs = x if self.inputs is None else self.inputs(x)
+        return F.linear(signs, self.binary_weight(x.dtype), self.bias.to(x.dtype))

@@ -64,7 +64,8 @@ CARD = Card(
         " that of the lowest; mean of 3 seeds",
     ),
     choose_when="a generator, or any residual network, should lose whole operators, and no labels are at hand",
-    choose_instead="chain-of-layers where only whole layers are to go; structured pruning where layers keep their kind",
+    choose_instead="chain-of-layers where only whole layers are to go; any choice where long retraining follows: in our"
+    " claim scores told 12 times the damage of random choices beforehand, and nothing after retraining",
     bibtex="""@inproceedings{castells2024ldpruner,
   title={{LD-Pruner}: Efficient Pruning of Latent Diffusion Models using Task-Agnostic Insights},
   author={Castells, Thibault and Song, Hyoung-Kyu and Kim, Bo-Kyeong and Choi, Shinkook},

@@ -88,6 +88,13 @@ CARD = Card(
 )
 
 
+class _Estimator(nn.Linear):
+    """A linear layer that computes in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
 class BinaryAttention(nn.Module):
     """Self-attention of binary weights and activations, with low-rank estimators of what binarisation leaves out.
 
@@ -121,7 +128,7 @@ class BinaryAttention(nn.Module):
         self.query_sign, self.key_sign, self.value_sign = ElasticSign(), ElasticSign(), ElasticSign()
         self.probability = ElasticUnit()
         names = ("query_minor", "query_plus", "key_minor", "key_plus", "value_plus") if rank else ()
-        self.estimators = nn.ModuleDict({name: nn.Linear(d_model, rank) for name in names})
+        self.estimators = nn.ModuleDict({name: _Estimator(d_model, rank) for name in names})
         for name, layer in self.estimators.items():
             if name.endswith("plus"):
                 nn.init.zeros_(layer.weight)  # type: ignore[arg-type]  # a ModuleDict's values are typed as modules
@@ -139,6 +146,12 @@ class BinaryAttention(nn.Module):
         """Mix tokens; ``mask`` (B, 1, 1, T) is True where a key may be seen."""
         if x.ndim != 3 or x.shape[-1] != self.d_model or not x.is_floating_point():
             raise BadInput(f"input must be floating-point (B, T, {self.d_model}), got {x.dtype} {tuple(x.shape)}")
+        # In half precision rounding would turn signs over, and a turned sign is no small error.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._mix(x.to(wide), mask).to(x.dtype)
+
+    def _mix(self, x: Tensor, mask: Tensor | None) -> Tensor:
         signs = self.inputs(x)
         q, k, v = (
             torch.unflatten(made(layer(signs)), -1, (self.num_heads, -1)).transpose(1, 2)

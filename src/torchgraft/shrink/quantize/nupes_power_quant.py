@@ -105,6 +105,11 @@ def search_exponent(
         granularity: which weights share a scale.
         ignore: globs of modules that do not count.
 
+    Example:
+        >>> bell = torch.randn(4, 4096, generator=torch.Generator().manual_seed(0))
+        >>> 0.55 < search_exponent([bell], 4) < 0.75
+        True
+
     Raises:
         BadInput: the model has no layer that can be quantised.
     """
