@@ -157,8 +157,8 @@ def layered(graph: nx.Graph) -> list[list[int]]:
     The layer of a node is the longest path to it from a source.
 
     Example:
-        >>> layered(nx.Graph([(0, 1), (1, 2), (0, 2), (3, 2)]))
-        [[0, 3], [1], [2]]
+        >>> layered(nx.Graph([(0, 2), (1, 2), (2, 3), (0, 3)]))
+        [[0, 1], [2], [3]]
     """
     depth: dict[int, int] = {}
     for node in sorted(graph.nodes):
