@@ -13,11 +13,13 @@ from torchgraft.catalogue import registry
 from torchgraft.catalogue.card import STAGES, Card
 from torchgraft.engines.procedure import Procedure, Site
 from torchgraft.errors import BadInput, Untraceable, nearest
-from torchgraft.fit.experience import price
+from torchgraft.fit.experience import known, price
 from torchgraft.report.records import Refused
 
 __all__ = ["Plan", "check_combination", "make_plan"]
 
+#: How many times as long as the quickest a trial may take where time is short.
+SLOW = 8.0
 _logger = logging.getLogger("torchgraft")
 
 
@@ -92,6 +94,7 @@ def make_plan(
     training: bool = True,
     costs: Sequence[str] = ("latency",),
     aims: Sequence[str] = (),
+    patient: bool = True,
 ) -> Plan:
     """Return the plan for ``model``.
 
@@ -103,6 +106,7 @@ def make_plan(
         training: whether procedures that train may be used.
         costs: the costs that are measured; a procedure may act otherwise where latency is not among them.
         aims: the costs that are to fall, by default all of ``costs``; what is best at them is tried first.
+        patient: whether procedures of which one trial takes ``SLOW`` times as long as the quickest are tried unasked.
 
     Raises:
         BadInput: a wanted key is unknown or cannot be used, or no procedure applies at all.
@@ -112,6 +116,10 @@ def make_plan(
     for card in _candidates(wanted, training=training):
         procedure: Procedure = registry.entry(card)().for_costs(costs)
         if wanted is None and not procedure.in_fit:
+            continue
+        if wanted is None and not patient and known(card.key, procedure.expense).seconds > SLOW:
+            reason = "a trial of it takes too long for this run; give 10 minutes or more, or name it by --procedures"
+            plan.refused.append(Refused(procedure=card.key, site="the whole model", reason=reason, line=None))
             continue
         if untraceable is not None and "needs-trace" in card.capabilities:
             plan.refused.append(

@@ -28,6 +28,8 @@ __all__ = ["fit"]
 
 #: Without a time limit (deterministic costs), this many trials, and these recovery steps.
 TRIALS, STEPS, POLISH_STEPS = 16, 100, 400
+#: From this many seconds on there is time for procedures that train for minutes by themselves.
+PATIENT = 600.0
 _logger = logging.getLogger("torchgraft")
 
 
@@ -155,7 +157,16 @@ def fit(
         tell(Progress("done", "done", 1.0, tuple(result.record.trials)))
         return result
     aims = [limit.cost for limit in limits]
-    plan = make_plan(original, task, wanted=procedures, ignore=ignore, training=training, costs=measured, aims=aims)
+    plan = make_plan(
+        original,
+        task,
+        wanted=procedures,
+        ignore=ignore,
+        training=training,
+        costs=measured,
+        aims=aims,
+        patient=seconds is not None and seconds >= PATIENT,
+    )
     workshop = Workshop(task, original, plan, limits, measured, ignore=ignore, seed=seed)
     settings: dict[str, object] = {
         "budget": [limit.text for limit in limits],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
+import math
 import statistics
 import time
 import warnings
@@ -21,7 +23,7 @@ from torchgraft.catalogue.card import STAGES
 from torchgraft.engines import recipe
 from torchgraft.errors import BadInput
 from torchgraft.fit import storage
-from torchgraft.fit.experience import price
+from torchgraft.fit.experience import known, price
 from torchgraft.fit.plan import Plan, check_combination
 from torchgraft.fit.workshop import FILLERS, Choice, Made, Workshop
 from torchgraft.report.records import Trial
@@ -34,7 +36,7 @@ STARTUP = 10
 #: A trial is stopped early only when at least this many others have come as far.
 QUORUM = 4
 #: How many times the least price a procedure may have and still be tried before the sampler takes over.
-DEAR = 25.0
+DEAR = 12.0
 
 _logger = logging.getLogger("torchgraft")
 
@@ -83,11 +85,12 @@ def slot_seed(seed: int, slot: int) -> int:
 
 
 def opening(plan: Plan, *, aims: Sequence[str], trials: Sequence[Trial] = (), original: float = 1.0) -> list[Choice]:
-    """Return the first choices: one procedure of each stage alone, then natural pairs, then the other procedures.
+    """Return the first choices under a budget: one procedure a stage alone, natural pairs, then the other procedures.
 
     Stages come in their order, which is also that of cost: a cut in depth needs no trace and no scores. The other
     procedures come in the order of their price (:mod:`torchgraft.fit.experience`), which what the first choices have
-    shown decides too; those that cost more than ``DEAR`` times the best of all are left to the sampler.
+    shown decides too. A stage, or a procedure, that costs more than ``DEAR`` times the best of all is left to the
+    sampler.
 
     Args:
         plan: what may be done.
@@ -96,7 +99,9 @@ def opening(plan: Plan, *, aims: Sequence[str], trials: Sequence[Trial] = (), or
         original: the original's validation score.
     """
     first = {stage: next(iter(keys)) for stage, keys in plan.stages.items()}
-    begun = [Choice({stage: (key, 0.5)}) for stage, key in first.items()]
+    before = {key: price(key, p.expense, aims=aims) for key, p in plan.procedures.items()}
+    cheap = DEAR * min(before.values())
+    begun = [Choice({stage: (key, 0.5)}) for stage, key in first.items() if before[key] <= cheap]
     for others in (
         ("depth", "width"),
         ("width", "precision"),
@@ -119,6 +124,37 @@ def opening(plan: Plan, *, aims: Sequence[str], trials: Sequence[Trial] = (), or
     affordable = [place for place, cost in prices.items() if first[place[0]] != place[1] and cost <= bound]
     rest = sorted(affordable, key=prices.__getitem__)
     return begun + [Choice({stage: (key, 0.5)}) for stage, key in rest]
+
+
+def combinations(plan: Plan, *, aims: Sequence[str]) -> list[Choice]:
+    """Return the first choices without a budget: the combinations of which most is expected for their time.
+
+    What is expected is the volume that a model would hold, the score that is kept times the halvings of each cost, if
+    procedures did together what each has done alone (:mod:`torchgraft.fit.experience`); the two cheapest of each stage
+    are combined.
+
+    Args:
+        plan: what may be done.
+        aims: the costs that are to fall.
+    """
+    options = []
+    for stage, members in plan.stages.items():
+        best = sorted(members, key=lambda key: price(key, members[key].expense, aims=aims))[:2]
+        options.append([None, *((stage, key) for key in best)])
+    found: list[tuple[float, Choice]] = []
+    for picked in itertools.product(*options):
+        chosen = [place for place in picked if place is not None]
+        try:
+            check_combination([key for _, key in chosen])
+        except BadInput:
+            continue
+        facts = [known(key, plan.stages[stage][key].expense) for stage, key in chosen]
+        volume = math.prod(fact.kept for fact in facts)
+        volume *= math.prod(sum(fact.gain([cost]) / max(fact.kept, 1e-9) for fact in facts) for cost in aims)
+        choice = Choice({stage: (key, 0.8 if stage == "precision" else 0.5) for stage, key in chosen})
+        found.append((volume / (1.0 + sum(fact.seconds for fact in facts)), choice))
+    found.sort(key=lambda pair: -pair[0])
+    return [choice for _, choice in found[:STARTUP] if choice.procedures]
 
 
 def _sampled(trial: optuna.Trial, plan: Plan, *, budgeted: bool) -> Choice:
@@ -269,12 +305,15 @@ def search(
                     time.sleep(0.5)
                     continue
                 break
-            first = opening(
-                workshop.plan,
-                aims=[limit.cost for limit in workshop.limits] or workshop.costs,
-                trials=trial_records(study),
-                original=float(workshop.validation.mean()),
-            )
+            if workshop.limits:
+                first = opening(
+                    workshop.plan,
+                    aims=[limit.cost for limit in workshop.limits],
+                    trials=trial_records(study),
+                    original=float(workshop.validation.mean()),
+                )
+            else:
+                first = combinations(workshop.plan, aims=workshop.costs)
             study.sampler = _sampler(workshop.seed, slot, first, workshop.plan)
             trial = study.ask()
             trial.set_user_attr(storage.WORKER, storage.worker())
