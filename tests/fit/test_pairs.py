@@ -77,7 +77,8 @@ def test_an_allowed_pair_is_saved_and_comes_back_the_same(pair: tuple[str, str],
     same_output(output(both, tiny.inputs), output(again, tiny.inputs), f"{'+'.join(ordered)} on {name}")
     costs = _exact(again, tiny)
     assert costs == _exact(both, tiny)
-    if history(both):
+    dearer = any("cost-never-rises-with-strength" in registry.lookup(key).expected_failures for key in ordered)
+    if history(both) and not dearer:  # a card says, with the reason, where the check models are too small to gain
         before = _exact(tiny.model, tiny)
         assert any(costs[cost] < before[cost] for cost in EXACT), (costs, before)
 

@@ -49,6 +49,10 @@ CARD = Card(
     equation="y_f = A_l (X_f W_V,f) W_O,f,  c(l, m) = mean cos(A_l, A_m)",
     entry="EchoAtt",
     stage="mixer",
+    conflicts=dict.fromkeys(
+        ("chain-of-layers", "ld-pruner", "n2n-learning"),
+        "a layer that is skipped or taken out may be the one whose attention others take over",
+    ),
     capabilities=frozenset({"needs-data"}),
     oracles=(
         "groups of one leave the model bit for bit as it was; equal queries, keys and inputs make sharing exact",

@@ -60,6 +60,7 @@ CARD = Card(
     equation="w_b = sign(sin(omega w)), dL/dw = dL/dw_b omega cos(omega w), y = alpha_c conv(x, w_b)",
     entry="BiPer",
     stage="weights",
+    conflicts={"quantized-distillation": "weights that are bits have no points left to be learned"},
     capabilities=frozenset({"needs-data"}),
     example={"samples": 8},
     oracles=(
