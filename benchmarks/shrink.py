@@ -133,6 +133,7 @@ def figure(cells: dict[str, Any], path: Path) -> None:
     """Draw latency against size of every front, the two arms in two colours, one panel a task."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     shown = [name for name in TASKS if ratios(cells, name)]
     if not shown:
@@ -158,6 +159,10 @@ def figure(cells: dict[str, Any], path: Path) -> None:
             )
         found = ratios(cells, name)
         axis.set(xscale="log", yscale="log", xlabel="latency, of the original", ylabel="size, of the original")
+        for line, ticks in ((axis.xaxis, (0.4, 0.5, 0.6, 0.8, 1.0)), (axis.yaxis, (0.02, 0.05, 0.1, 0.2, 0.5, 1.0))):
+            line.set_major_locator(FixedLocator(ticks))
+            line.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            line.set_minor_locator(NullLocator())
         axis.set_title(f"{name}: volume {statistics.fmean(found):.2f}x ({len(found)} seeds)", fontsize=10)
         axis.grid(alpha=0.25, which="both")
     axes[0][0].legend(title="large: falls by at most 0.01", fontsize=8, title_fontsize=8, frameon=False)

@@ -204,7 +204,9 @@ def _pack_int_mm(weight: Tensor, scale: Tensor, bias: Tensor | None, backend: Ba
 
     def run(x: Tensor) -> Tensor:
         q, step = quantise_rows(x.reshape(-1, x.shape[-1]))
-        out = torch._int_mm(q, columns).to(torch.float32).mul_(step)
+        # With one input feature the CPU kernel leaves its output unwritten; the product is then an outer one.
+        product = torch._int_mm(q, columns) if len(columns) > 1 else q.to(torch.int32) * columns.to(torch.int32)
+        out = product.to(torch.float32).mul_(step)
         out = out.mul_(scale) if bias is None else torch.addcmul(bias, out, scale)
         return out.reshape(*x.shape[:-1], -1)
 
