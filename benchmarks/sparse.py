@@ -129,14 +129,18 @@ class MobileBlock(nn.Module):
 
 
 def mobile_net() -> nn.Module:
-    """Return MobileNet v1 (224 x 224, 1000 classes), random weights."""
+    """Return MobileNet v1 (224 x 224, 1000 classes), random weights that let a signal through to the outputs."""
     plan = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *(((512, 1),) * 5), (1024, 2), (1024, 1))
     blocks: list[nn.Module] = [nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
     before = 32
     for width, stride in plan:
         blocks.append(MobileBlock(before, width, stride))
         before = width
-    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1024, 1000))
+    model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1024, 1000, bias=False))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    return model
 
 
 class MlpBlock(nn.Module):
@@ -177,14 +181,18 @@ def procedure_row(name: str, model: nn.Module, x: Tensor, count: int) -> dict[st
     task = Task(model, (x, target), (x, target), (x, target), F.cross_entropy, lambda out, t: t.float(), batch_size=1)
     procedure = FastSparseConv()
     calls: dict[str, Call] = {"dense": lambda: model(x)}
+    gaps: dict[str, float] = {}
     sparse_layers: dict[str, int] = {}
     for strength in (0.4, 0.65, 0.85):
         made = procedure.apply(model, task, strength).eval()
         key = f"{1 - 0.03**strength:.2f}/4"
         sparse_layers[key] = sum(len(edit.describe()) for edit in history(made))
+        with torch.enable_grad():  # the form that trains fills the weights in and multiplies densely
+            expected = made(x).detach()
+        gaps[key] = gap(made(x), expected)
         calls[key] = lambda made=made: made(x)
     refusals = {refusal.name: refusal.reason for refusal in procedure.refusals(model, task)}
-    return {"case": name, **compared(calls, count), "sparse_layers": sparse_layers, "left_dense": refusals}
+    return {"case": name, **compared(calls, count), "gap": gaps, "sparse_layers": sparse_layers, "left_dense": refusals}
 
 
 def machine() -> dict[str, Any]:

@@ -243,7 +243,8 @@ def _fit(monkeypatch: pytest.MonkeyPatch, outcome: Any) -> dict[str, Any]:
 
 def _result(*, feasible: bool) -> Any:
     best = SimpleNamespace(name="trial-3") if feasible else None
-    record = SimpleNamespace(notes=["exported"])
+    share = SimpleNamespace(key="svd-truncation", models=2, lost_without=0.25)
+    record = SimpleNamespace(notes=["exported"], contributions=[share])
     return SimpleNamespace(
         record=record, folder=Path("runs/x"), feasible=feasible, best=best, nearest="trial-1: 0.6x of 0.5x"
     )
@@ -255,7 +256,7 @@ def test_fit_passes_everything_on(say: Callable[..., Said], monkeypatch: pytest.
         *("fit", "digits-vit", "-b", "latency=0.5x,size=1MB", "--budget", "macs=0.4x", "--time", "5m", "--seed", "3"),
         *("--trials", "4", "--no-training", "--ignore", "head", "--ignore", "a.*,b", "--study", "s.log"),
         *("--cost", "params", "--out", "o", "--export", "onnx", "--procedures", "int8-dynamic"),
-        *("--max-drop", "0.02", "--data", "d.jsonl"),
+        *("--max-drop", "0.02", "--data", "d.jsonl", "--elastic"),
     )
     assert said.code == 0, said.err
     given.pop("progress")
@@ -274,8 +275,11 @@ def test_fit_passes_everything_on(say: Callable[..., Said], monkeypatch: pytest.
         "procedures": ["int8-dynamic"],
         "max_drop": 0.02,
         "data": Path("d.jsonl"),
+        "elastic": True,
     }
     assert "search: trial 1" in said.out
+    assert "svd-truncation" in said.out
+    assert "25.0%" in said.out
     assert "best: trial-3" in said.out
 
 
@@ -284,6 +288,7 @@ def test_fit_leaves_unset_options_to_the_library(say: Callable[..., Said], monke
     assert say("fit", "digits-vit").code == 0
     assert given["time"] is given["trials"] is given["costs"] is given["procedures"] is given["out"] is None
     assert given["training"] is True
+    assert given["elastic"] is False
 
 
 def test_fit_that_is_infeasible(say: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
