@@ -17,6 +17,10 @@ from torchgraft.engines import recipe
 from torchgraft.engines.nesting import ElasticModule
 from torchgraft.errors import BadInput
 from torchgraft.fit import FitResult, Progress
+from torchgraft.fit.budget import parse_budget
+from torchgraft.fit.elastic import Family, _names, judged_by
+from torchgraft.fit.plan import Plan
+from torchgraft.fit.workshop import Workshop
 
 COSTS = ["macs", "params"]
 
@@ -112,6 +116,28 @@ def test_a_run_that_was_stopped_goes_on_with_what_was_made(task_file: Path, tmp_
     whole = _fit(task_file, tmp_path / "two")
     names = [(c.name, c.validation.value, c.costs["macs"].ratio) for c in whole.front]
     assert [(c.name, c.validation.value, c.costs["macs"].ratio) for c in resumed.front] == names
+
+
+class _Close(ElasticModule):
+    def select(self, level: int) -> None:
+        self.now = level
+
+
+def test_budgets_that_lie_close_have_names_of_their_own() -> None:
+    family = Family("toy", _Close((0.391, 0.394, 1.0)), 0, 0.0, {})
+    assert list(_names(family).values()) == ["toy@0.391", "toy@0.394", "toy@1.000"]
+
+
+def test_a_model_that_multiplies_less_and_takes_longer_is_not_kept(task_file: Path) -> None:
+    """Where time is measured it judges, whatever cost was named first."""
+    task = load_task(str(task_file))
+
+    def judged(costs: tuple[str, ...], *budget: str) -> str:
+        return judged_by(Workshop(task, task.trained(), Plan(), parse_budget(budget), costs))
+
+    assert judged(("macs", "latency")) == "latency"
+    assert judged(("params", "macs")) == "macs"
+    assert judged(("macs", "latency"), "macs=0.5x") == "macs"
 
 
 def test_other_settings_in_the_same_folder_are_refused(finished: FitResult, task_file: Path) -> None:

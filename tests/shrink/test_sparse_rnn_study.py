@@ -12,15 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from torchgraft.bench.reber import accepts, reber_strings
 from torchgraft.errors import BadInput
 from torchgraft.shrink.prune.sparse_rnn_study import (
     ArbitraryStructureRNN,
-    accepts,
     graph_properties,
     layered,
     property_importance,
     prune_rnn,
-    reber_strings,
     regain_curve,
 )
 

@@ -16,7 +16,7 @@ from torchgraft.bench.task import Task, take
 from torchgraft.catalogue import Card
 from torchgraft.contracts.check import Check, Subject, require
 from torchgraft.contracts.sameness import close, fittings, same_output, same_state, surroundings
-from torchgraft.contracts.subjects import MODELS, Bare, Case, Guarded, case, output, settings
+from torchgraft.contracts.subjects import Bare, Case, Guarded, cases_of, output, settings
 from torchgraft.engines.nesting import ElasticModule, ElasticProcedure
 from torchgraft.engines.surgery.edits import apply_edits, edit_from_record, edit_to_record, history
 from torchgraft.errors import BadInput
@@ -36,13 +36,7 @@ def _procedure(subject: Subject) -> ElasticProcedure:
 
 
 def _cases(subject: Subject) -> list[Case]:
-    if "cases" not in subject.kept:
-        procedure = _procedure(subject)
-        cases = [case(name) for name in MODELS]
-        subject.kept["cases"] = [tiny for tiny in cases if procedure.applies_to(tiny.model, tiny.task)]
-    found: list[Case] = subject.kept["cases"]
-    require(bool(found), f"{subject.card.key} applies to none of the check models {', '.join(MODELS)}")
-    return found
+    return cases_of(subject, _procedure(subject).applies_to)
 
 
 def _built(subject: Subject, tiny: Case, *, trained: bool = False, task: Task | None = None) -> ElasticModule:

@@ -20,7 +20,7 @@ from torchgraft.bench.task import Inputs, Split, Task
 from torchgraft.catalogue import Card
 from torchgraft.contracts.check import Check, CheckFailure, Subject, require
 from torchgraft.contracts.sameness import equal, fittings, same_output, same_state, surroundings
-from torchgraft.contracts.subjects import MODELS, Bare, Case, Guarded, Guess, case, output, settings
+from torchgraft.contracts.subjects import Bare, Case, Guarded, Guess, cases_of, output, settings
 from torchgraft.engines.procedure import Procedure, ignored
 from torchgraft.engines.surgery.edits import apply_edits, edit_from_record, edit_to_record, history
 from torchgraft.engines.surgery.slicing import Slice, structure
@@ -39,14 +39,7 @@ def _procedure(subject: Subject) -> Procedure:
 
 
 def _cases(subject: Subject) -> list[Case]:
-    """Return the check models on which the procedure has something to do."""
-    if "cases" not in subject.kept:
-        procedure = _procedure(subject)
-        cases = [case(name) for name in MODELS]
-        subject.kept["cases"] = [tiny for tiny in cases if procedure.applies_to(tiny.model, tiny.task)]
-    found: list[Case] = subject.kept["cases"]
-    require(bool(found), f"{subject.card.key} applies to none of the check models {', '.join(MODELS)}")
-    return found
+    return cases_of(subject, _procedure(subject).applies_to)
 
 
 def _apply(subject: Subject, tiny: Case, strength: float, *, task: Task | None = None) -> nn.Module:

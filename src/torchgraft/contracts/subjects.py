@@ -17,7 +17,19 @@ from torchgraft.bench.task import Inputs, Split, Task, call, take
 from torchgraft.catalogue import Card
 from torchgraft.contracts.check import Subject, require
 
-__all__ = ["MODELS", "Bare", "Case", "Guarded", "Guess", "build_part", "case", "draw_like", "output", "settings"]
+__all__ = [
+    "MODELS",
+    "Bare",
+    "Case",
+    "Guarded",
+    "Guess",
+    "build_part",
+    "case",
+    "cases_of",
+    "draw_like",
+    "output",
+    "settings",
+]
 
 _CLASSES = 4
 
@@ -237,6 +249,21 @@ def case(name: str) -> Case:
         batch_size=8,
     )
     return Case(name, build, task)
+
+
+def cases_of(subject: Subject, applies: Callable[[nn.Module, Task], Sequence[Any]]) -> list[Case]:
+    """Return the check models on which the subject has something to do, found out once.
+
+    Args:
+        subject: the procedure.
+        applies: its ``applies_to``.
+    """
+    if "cases" not in subject.kept:
+        cases = [case(name) for name in MODELS]
+        subject.kept["cases"] = [tiny for tiny in cases if applies(tiny.model, tiny.task)]
+    found: list[Case] = subject.kept["cases"]
+    require(bool(found), f"{subject.card.key} applies to none of the check models {', '.join(MODELS)}")
+    return found
 
 
 def settings(card: Card) -> dict[str, Any]:

@@ -228,15 +228,29 @@ def _trial(number: int, key: str, state: Any, score: float | None, reason: str, 
     )
 
 
-def _name(family: Family, budget: float) -> str:
-    return f"{family.key}@{budget:.2f}"
+def _names(family: Family) -> dict[float, str]:
+    """Return a name for every budget, in as many digits as tell them apart, two at least."""
+    budgets = family.model.budgets
+    digits = next(d for d in range(2, 18) if len({f"{budget:.{d}f}" for budget in budgets}) == len(budgets))
+    return {budget: f"{family.key}@{budget:.{digits}f}" for budget in budgets}
+
+
+def judged_by(workshop: Workshop) -> str:
+    """Return the cost by which elastic models are judged: the first of the budget, else time where it is measured.
+
+    Weights are shared by all budgets, so neither parameters nor size tell them apart; and a model that multiplies less
+    and takes longer is no gain.
+    """
+    if workshop.limits:
+        return workshop.limits[0].cost
+    return next((cost for cost in ("latency", "macs", "memory") if cost in workshop.costs), workshop.primary)
 
 
 def measured_beside(
     workshop: Workshop, families: Sequence[Family], max_drop: float | None
 ) -> tuple[list[Candidate], dict[str, tuple[Family, float]]]:
     """Return the original and every budget of every family, measured side by side, and what each name stands for."""
-    places = {_name(family, budget): (family, budget) for family in families for budget in family.model.budgets}
+    places = {name: (family, budget) for family in families for budget, name in _names(family).items()}
     finalists = [finals.Finalist("original", workshop.original, {}, 0, workshop.validation)]
     finalists += [
         finals.Finalist(name, AtBudget(family.model, budget), {}, family.steps, family.scores[budget])
@@ -267,23 +281,18 @@ def winner(
 ) -> tuple[str, list[NotHelped]]:
     """Return the key of the family that holds most, and what is to be said of the others.
 
-    The volume is taken over the score and the costs that change from budget to budget (weights are shared, so neither
-    parameters nor size do).
+    The volume is taken over the score and the cost by which they are judged, see :func:`judged_by`.
     """
     keys = list(dict.fromkeys(family.key for family, _ in places.values()))
     own = {key: [c for c in candidates if c.name in places and places[c.name][0].key == key] for key in keys}
-    moving = [
-        cost
-        for cost in workshop.costs
-        if any(len({round(c.costs[cost].ratio, 3) for c in members}) > 1 for members in own.values())
-    ][:1] or [workshop.primary]
-    volumes = {key: volume(workshop, members, moving) for key, members in own.items()}
+    cost = judged_by(workshop)
+    volumes = {key: volume(workshop, members, [cost]) for key, members in own.items()}
     best = max(keys, key=lambda key: volumes[key])
     notes = [
         NotHelped(
             what=registry.lookup(key).title,
             why=f"its budgets hold less than those of {registry.lookup(best).title}",
-            evidence=f"hypervolume over score and {', '.join(moving)}: {volumes[key]:.3f} against {volumes[best]:.3f}",
+            evidence=f"hypervolume over score and {cost}: {volumes[key]:.3f} against {volumes[best]:.3f}",
         )
         for key in keys
         if key != best
@@ -343,9 +352,9 @@ def fit_elastic(
     best = nearest_name = None
     if feasible:  # with a budget the best score within it; without one the cheapest that keeps the score
         best = (
-            max(feasible, key=lambda c: (c.validation.value, -c.costs[workshop.primary].ratio)).name
+            max(feasible, key=lambda c: (c.validation.value, -c.costs[judged_by(workshop)].ratio)).name
             if limits
-            else min(feasible, key=lambda c: c.costs[workshop.primary].ratio).name
+            else min(feasible, key=lambda c: c.costs[judged_by(workshop)].ratio).name
         )
     else:
         nearest_name = min(shown[1:], key=lambda c: (finals.distance(workshop, c, max_drop), -c.validation.value)).name

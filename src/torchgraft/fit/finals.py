@@ -146,6 +146,7 @@ def _side_by_side(workshop: Workshop, models: Sequence[nn.Module]) -> tuple[np.n
 
 
 def costs_of(workshop: Workshop, finalists: Sequence[Finalist]) -> list[dict[str, CostRecord]]:
+    """Return the costs of every finalist, times side by side with the first, which is the original."""
     example = workshop.task.example
     records: list[dict[str, CostRecord]] = [{} for _ in finalists]
     exact = [cost for cost in workshop.costs if cost not in NOISY]
@@ -217,6 +218,7 @@ def _within(workshop: Workshop, costs: dict[str, CostRecord]) -> bool:
 def candidate_of(
     workshop: Workshop, finalist: Finalist, costs: dict[str, CostRecord], max_drop: float | None
 ) -> Candidate:
+    """Return ``finalist`` as it stands on the front: scores, costs, verdict and the reason for it."""
     original = finalist.name == "original"
     drop = Ratio(*paired_drop(workshop.validation, finalist.scores))
     tolerance = 0.01 if max_drop is None else max_drop

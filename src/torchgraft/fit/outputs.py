@@ -29,6 +29,7 @@ __all__ = ["make_record", "note_settings", "write_outputs"]
 
 
 def fingerprint_of(workshop: Workshop, settings: Mapping[str, object]) -> str:
+    """Return what tells runs apart: the task, the weights of the original, the settings."""
     weights = hashlib.sha256(pack_tensors(workshop.original.state_dict())).hexdigest()
     text = json.dumps({"task": workshop.task.name, "weights": weights, **settings}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from torchgraft.bench.reber import reber_strings
 from torchgraft.claims.record import ClaimRecord, judge
 from torchgraft.shrink.prune.sparse_rnn_study import (
     CARD,
@@ -25,7 +26,6 @@ from torchgraft.shrink.prune.sparse_rnn_study import (
     graph_properties,
     property_importance,
     prune_rnn,
-    reber_strings,
     regain_curve,
 )
 
