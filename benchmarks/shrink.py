@@ -1,17 +1,19 @@
-"""What the procedures added since the first release buy: the hypervolume of ``fit``'s front, with and without them.
+"""What the work since the first release buys: the hypervolume of ``fit``'s front, with and without it.
 
-For every task and seed ``fit`` runs twice for the same wall-clock time, once with the procedures of the first release
-alone and once with all, in an order that alternates. No budget is given, so each run seeks a whole front over score,
-latency and size. The volume is that of :func:`torchgraft.fit.contribution.gains`: score kept (1 where it is the
-original's, 0 where a tenth of it is lost) times the halvings of latency times those of size. Validation scores of the
-models on the front count, on both sides alike.
+For every task and seed ``fit`` runs for the same wall-clock time in three arms, whose order alternates: ``release``,
+the code of the first release as it was (a checkout, given by ``--release``; left out without one); ``first``, today's
+``fit`` with the first release's procedures alone; ``all``, today's ``fit`` with everything. No budget is given, so
+each run seeks a whole front over score, latency and size. The volume is that of
+:func:`torchgraft.fit.contribution.gains`: score kept (1 where it is the original's, 0 where a tenth of it is lost)
+times the halvings of latency times those of size. Validation scores of the models on the front count, on all sides.
 
 ``--learn`` measures instead the gain and the time of every procedure alone, at two strengths on a seed of its own,
 and writes ``src/torchgraft/fit/experience.json``, by which ``fit`` orders what it tries.
 
 Finished cells stand in the output file and are not run again.
 
-Run: ``python benchmarks/shrink.py [--tasks digits-vit] [--seeds 0 1] [--seconds 40] [--learn]``
+Run: ``git worktree add ../release 11ac4ae``, then
+``python benchmarks/shrink.py --release ../release [--tasks digits-vit] [--seeds 0 1] [--seconds 40] [--learn]``
 """
 
 from __future__ import annotations
@@ -19,11 +21,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +37,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import torchgraft
 from torchgraft.bench.files import write_atomic
 from torchgraft.bench.tasks import builtin
 from torchgraft.fit import fit
-from torchgraft.fit.contribution import gains
-from torchgraft.fit.experience import kept
-from torchgraft.fit.pareto import hypervolume
 from torchgraft.fit.plan import make_plan
 from torchgraft.fit.search import Effort, run_trial
 from torchgraft.fit.workshop import Choice, Workshop
@@ -54,7 +57,9 @@ FIRST = (
     "maestro-lod",
     "chain-of-layers",
     "int8-dynamic",
+    "quantized-distillation",
 )
+ARMS = ("release", "first", "all")
 COSTS = ("latency", "size")
 LEARNING_SEED, LEARNING_STEPS, STRENGTHS = 100, 20, (0.4, 0.8)
 #: The costs that are learnt about.
@@ -62,70 +67,95 @@ LEARNT = ("latency", "size", "params", "macs")
 EXPERIENCE = Path(__file__).parents[1] / "src" / "torchgraft" / "fit" / "experience.json"
 
 
-def run_arm(name: str, seed: int, arm: str, seconds: float) -> dict[str, Any]:
-    """Run one fit and return its volume, its front, and what each procedure on it contributed."""
+def run_arm(name: str, seed: int, seconds: float, procedures: Sequence[str] | None) -> dict[str, Any]:
+    """Run one fit and return its front, and what each procedure on it contributed where that is known."""
     task = builtin(name, seed)
     task.trained()
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         result = fit(
-            task,
-            costs=COSTS,
-            time=f"{seconds:g}s",
-            seed=seed,
-            max_drop=None,
-            out=folder,
-            procedures=FIRST if arm == "first" else None,
+            task, costs=COSTS, time=f"{seconds:g}s", seed=seed, max_drop=None, out=folder, procedures=procedures
         )
-    base = result.front[0].validation.value
-    points = [gains(c.validation.value, [c.costs[cost].ratio for cost in COSTS], base) for c in result.front]
     if result.front[0].name != "original":
         raise RuntimeError(f"{name}, seed {seed}: the front does not start with the original")
     return {
-        "volume": hypervolume(points),
         "seconds": time.monotonic() - begun,
         "trials": len(result.record.trials),
         "front": [
             {
                 "name": c.name,
                 "procedures": {applied.key: round(applied.strength, 3) for applied in c.procedures},
+                "score": c.validation.value,
                 "drop": c.drop.value,
                 "verdict": c.verdict,
                 **{cost: c.costs[cost].ratio for cost in COSTS},
             }
             for c in result.front
         ],
-        "contributions": {row.key: row.lost_without for row in result.record.contributions},
+        "contributions": {row.key: row.lost_without for row in getattr(result.record, "contributions", ())},
     }
 
 
-def finished(cells: dict[str, Any], name: str) -> list[int]:
-    """Return the seeds of which both arms are done."""
-    return [seed for seed in SEEDS if all(f"{name}/{seed}/{arm}" in cells for arm in ("first", "all"))]
+def run_release(release: Path, name: str, seed: int, seconds: float) -> dict[str, Any]:
+    """Run one fit by the code in ``release``, in a process of its own, by this file's :func:`run_arm`."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "cell.json"
+        arguments = ["--arm", name, str(seed), str(seconds), str(out)]
+        environment = {**os.environ, "PYTHONPATH": str(release / "src")}
+        subprocess.run([sys.executable, __file__, *arguments], check=True, env=environment)
+        cell: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    if not Path(cell.pop("code")).resolve().is_relative_to(release.resolve()):
+        raise RuntimeError(f"the arm 'release' was not run by the code in {release}")
+    return cell
 
 
-def ratios(cells: dict[str, Any], name: str) -> list[float]:
-    """Return the ratio of the volumes, all procedures over those of the first release, for every finished seed."""
-    pairs = [[cells[f"{name}/{seed}/{arm}"]["volume"] for arm in ("all", "first")] for seed in finished(cells, name)]
-    return [everything / first for everything, first in pairs if first > 0]
+def volume(front: list[dict[str, Any]]) -> float:
+    """Return the hypervolume of a front whose first row is the original."""
+    # Imported here, since this file is also run by the first release, which has neither.
+    from torchgraft.fit.contribution import gains
+    from torchgraft.fit.pareto import hypervolume
+
+    base = front[0]["score"]
+    return hypervolume([gains(row["score"], [row[cost] for cost in COSTS], base) for row in front])
+
+
+def run_cell(arm: str, name: str, seed: int, seconds: float, release: Path | None) -> dict[str, Any]:
+    """Run one cell of the benchmark."""
+    if arm == "release":
+        if release is None:
+            raise ValueError("the arm 'release' needs a checkout of the first release")
+        cell = run_release(release, name, seed, seconds)
+    else:
+        cell = run_arm(name, seed, seconds, FIRST if arm == "first" else None)
+    return {"volume": volume(cell["front"]), **cell}
+
+
+def ratios(cells: dict[str, Any], name: str, arm: str) -> list[float]:
+    """Return the ratio of the volumes, all procedures over ``arm``, for every seed that has both."""
+    pairs = [[cells.get(f"{name}/{seed}/{each}") for each in ("all", arm)] for seed in SEEDS]
+    return [
+        whole["volume"] / part["volume"]
+        for whole, part in pairs
+        if whole is not None and part is not None and part["volume"] > 0
+    ]
 
 
 def table(cells: dict[str, Any]) -> Table:
-    """Return the volumes by task."""
-    made = Table("task", "first release", "all procedures", "ratio", "seeds", title="hypervolume of the front")
+    """Return the volumes by task and arm, and the ratios with their range over the seeds."""
+    made = Table("task", *ARMS, "all / release", "all / first", "seeds", title="hypervolume of the front")
     for name in TASKS:
-        found = ratios(cells, name)
-        if found:
-            volumes = [
-                statistics.fmean(
-                    cells[f"{name}/{seed}/{arm}"]["volume"]
-                    for seed in SEEDS
-                    if f"{name}/{seed}/all" in cells and f"{name}/{seed}/first" in cells
-                )
-                for arm in ("first", "all")
-            ]
-            spread = f"{statistics.fmean(found):.2f} ({min(found):.2f} to {max(found):.2f})"
-            made.add_row(name, f"{volumes[0]:.2f}", f"{volumes[1]:.2f}", spread, str(len(found)))
+        means = []
+        for arm in ARMS:
+            found = [cell["volume"] for seed in SEEDS if (cell := cells.get(f"{name}/{seed}/{arm}")) is not None]
+            means.append(f"{statistics.fmean(found):.2f}" if found else "-")
+        if means[2] == "-":
+            continue
+        spreads = []
+        for arm in ("release", "first"):
+            found = ratios(cells, name, arm)
+            spread = f"{statistics.fmean(found):.2f} ({min(found):.2f} to {max(found):.2f})" if found else "-"
+            spreads.append(spread)
+        made.add_row(name, *means, *spreads, str(sum(f"{name}/{seed}/all" in cells for seed in SEEDS)))
     return made
 
 
@@ -135,12 +165,16 @@ def figure(cells: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    shown = [name for name in TASKS if ratios(cells, name)]
+    shown = [name for name in TASKS if ratios(cells, name, "first")]
     if not shown:
         return
     drawn, axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown), 4.0), squeeze=False, layout="constrained")
     for axis, name in zip(axes[0], shown, strict=True):
-        for arm, colour, label in (("first", "#9a9a9a", "first release"), ("all", "#0b6e99", "all procedures")):
+        for arm, colour, label in (
+            ("release", "#c9a227", "first release"),
+            ("first", "#9a9a9a", "today, its procedures alone"),
+            ("all", "#0b6e99", "today, all"),
+        ):
             rows = [
                 row
                 for seed in SEEDS
@@ -157,13 +191,14 @@ def figure(cells: dict[str, Any], path: Path) -> None:
                 label=label,
                 linewidths=0,
             )
-        found = ratios(cells, name)
         axis.set(xscale="log", yscale="log", xlabel="latency, of the original", ylabel="size, of the original")
         for line, ticks in ((axis.xaxis, (0.4, 0.5, 0.6, 0.8, 1.0)), (axis.yaxis, (0.02, 0.05, 0.1, 0.2, 0.5, 1.0))):
             line.set_major_locator(FixedLocator(ticks))
             line.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             line.set_minor_locator(NullLocator())
-        axis.set_title(f"{name}: volume {statistics.fmean(found):.2f}x ({len(found)} seeds)", fontsize=10)
+        found = [ratios(cells, name, arm) for arm in ("release", "first")]
+        words = ", ".join(f"{statistics.fmean(each):.2f}x" if each else "-" for each in found)
+        axis.set_title(f"{name}: volume {words}", fontsize=10)
         axis.grid(alpha=0.25, which="both")
     axes[0][0].legend(title="large: falls by at most 0.01", fontsize=8, title_fontsize=8, frameon=False)
     for form in ("png", "svg"):
@@ -176,6 +211,8 @@ def learn(names: tuple[str, ...], raw: Path) -> dict[str, Any]:
 
     Procedures that train for themselves are measured on the first task only: a trial of theirs takes minutes.
     """
+    from torchgraft.fit.experience import kept
+
     cells: dict[str, dict[str, Any]] = json.loads(raw.read_text(encoding="utf-8")) if raw.exists() else {}
     effort = Effort(None, None, None, LEARNING_STEPS, 0)
     for name in names:
@@ -237,8 +274,15 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--seconds", type=float, default=40.0)
     parser.add_argument("--learn", action="store_true")
+    parser.add_argument("--release", type=Path, help="a checkout of the first release")
+    parser.add_argument("--arm", nargs=4, metavar=("TASK", "SEED", "SECONDS", "FILE"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("results/shrink.json"))
     chosen = parser.parse_args()
+    if chosen.arm:
+        name, seed, seconds, out = chosen.arm
+        cell = {**run_arm(name, int(seed), float(seconds), FIRST), "code": torchgraft.__file__}
+        Path(out).write_text(json.dumps(cell), encoding="utf-8")
+        return
     if chosen.learn:
         write_atomic(
             EXPERIENCE, json.dumps(learn(tuple(chosen.tasks), Path("results/experience.json")), indent=1) + "\n"
@@ -250,11 +294,11 @@ def main() -> None:
         cells = record["cells"] if record["seconds"] == chosen.seconds else {}
     for seed in chosen.seeds:
         for name in chosen.tasks:
-            for arm in ("first", "all") if seed % 2 == 0 else ("all", "first"):
+            for arm in ARMS if seed % 2 == 0 else ARMS[::-1]:
                 key = f"{name}/{seed}/{arm}"
-                if key in cells:
+                if key in cells or (arm == "release" and chosen.release is None):
                     continue
-                cells[key] = run_arm(name, seed, arm, chosen.seconds)
+                cells[key] = run_cell(arm, name, seed, chosen.seconds, chosen.release)
                 print(f"{key}: {cells[key]['volume']:.3f} in {cells[key]['seconds']:.0f} s", flush=True)
                 record = {
                     "seconds": chosen.seconds,

@@ -1,28 +1,85 @@
-"""``fit`` without a budget: a whole front over every cost, with precision procedures alone among what is tried."""
+"""``fit`` without a budget: a whole front over every cost, precision procedures alone, and other endings of a model."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 import torchgraft
+from torchgraft.fit.finals import Finalist, _promising, _worth_recovering
+from torchgraft.fit.workshop import Workshop
 
 
-def test_precision_alone_is_tried_and_stands_on_the_front(task_file: Path, tmp_path: Path) -> None:
+def test_a_front_of_combinations_and_of_other_endings_of_recovered_models(task_file: Path, tmp_path: Path) -> None:
     result = torchgraft.fit(
         str(task_file),
         costs=["macs", "size"],
-        trials=4,
-        procedures=["magnitude-pruning", "int8-dynamic"],
+        trials=3,
+        procedures=["magnitude-pruning", "int8-dynamic", "nupes-power-quant"],
         max_drop=0.2,
         out=tmp_path,
     )
-    states = {tuple(trial.procedures): trial.state for trial in result.record.trials}
-    assert states[("int8-dynamic",)] == "complete"
-    assert "failed" not in states.values()
+    assert "failed" not in {trial.state for trial in result.record.trials}
     # Strengths are those that were chosen, since there is nothing to aim at.
-    alone = next(trial for trial in result.record.trials if list(trial.procedures) == ["magnitude-pruning"])
-    assert alone.procedures["magnitude-pruning"] == 0.5
+    first = result.record.trials[0]
+    assert first.procedures["magnitude-pruning"] == 0.5
     small = [c for c in result.front[1:] if c.costs["size"].ratio < 0.5]
     assert small
-    assert {row.key for row in result.record.contributions} <= {"magnitude-pruning", "int8-dynamic"}
+    assert {row.key for row in result.record.contributions} <= {
+        "magnitude-pruning",
+        "int8-dynamic",
+        "nupes-power-quant",
+    }
     assert all(0.0 <= row.lost_without <= 1.0 for row in result.record.contributions)
+    # The same recovered float model ends in other precisions; each says which, and has its own size.
+    searched = {tuple(trial.procedures.items()) for trial in result.record.trials}
+    ended = [c for c in result.front if "-recovered-" in c.name]
+    assert ended
+    for candidate in ended:
+        own = {applied.key: applied.strength for applied in candidate.procedures}
+        assert candidate.name.endswith(tuple(f"-{key}-{strength:g}" for key, strength in own.items()))
+        assert tuple(own.items()) not in searched
+
+
+def test_precision_alone_is_a_trial_like_any_other(task_file: Path, tmp_path: Path) -> None:
+    result = torchgraft.fit(
+        str(task_file), costs=["macs", "size"], trials=1, procedures=["int8-dynamic"], max_drop=0.2, out=tmp_path
+    )
+    assert [(list(t.procedures), t.state) for t in result.record.trials] == [(["int8-dynamic"], "complete")]
+    assert result.front[-1].costs["size"].ratio < 0.6
+
+
+class _Shop:
+    """As much of a workshop as choosing finalists needs."""
+
+    costs = ("macs",)
+    validation = torch.tensor([1.0])
+
+    def quick_ratios(self, model: float) -> dict[str, float]:
+        return {"macs": model}
+
+
+class _Trial:
+    def __init__(self, score: float, ratio: float) -> None:
+        self.user_attrs = {"record": {"validation": score, "ratios": {"macs": ratio}}}
+
+
+def test_deep_cuts_that_recovery_can_mend_are_recovered_too() -> None:
+    shop: Workshop = _Shop()  # type: ignore[assignment]
+    mild, twin, deep = _Trial(1.0, 0.5), _Trial(0.99, 0.5), _Trial(0.9, 0.25)
+    # By hand, the fall counted at 0.3 of itself and a tenth lost as nothing kept: 1 x 1, 0.97 x 1, 0.7 x 2 halvings.
+    assert _worth_recovering(shop, [mild, twin, deep], 1) == [deep]  # type: ignore[list-item,comparison-overlap]
+    # Beside it mild adds 0.3 x 1, its twin only 0.27.
+    assert _worth_recovering(shop, [twin, mild, deep], 2) == [deep, mild]  # type: ignore[list-item,comparison-overlap]
+
+
+def test_endings_that_add_nothing_are_not_measured() -> None:
+    shop: Workshop = _Shop()  # type: ignore[assignment]
+
+    def one(name: str, score: float, ratio: float) -> Finalist:
+        return Finalist(name, ratio, {}, 0, torch.tensor([score]))  # type: ignore[arg-type]
+
+    good, worse, small = one("good", 1.0, 0.5), one("worse", 0.95, 0.6), one("small", 0.95, 0.25)
+    assert _promising(shop, [good, worse, small], 2) == [good, small]
+    assert _promising(shop, [good, worse], 5) == [good, worse]

@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from torchgraft.engines.assembled import Assembled
 from torchgraft.engines.surgery.edits import Edit
 from torchgraft.errors import BadInput, nearest
 
@@ -164,7 +165,7 @@ class PackedTensor:
 
     def __init__(self, bits: int, bucket: int, shape: torch.Size) -> None:
         self.bits, self.bucket, self.shape = bits, bucket, shape
-        self._kept: tuple[list[Tensor], list[int], Tensor] | None = None
+        self._whole = Assembled()
 
     def codes(self, data: Tensor) -> Tensor:
         """Return the codes of the tensor's values, (values,)."""
@@ -172,20 +173,14 @@ class PackedTensor:
 
     def dense(self, data: Tensor, scale: Tensor, offset: Tensor, levels: Tensor | None) -> Tensor:
         """Return the tensor as floats; put together again only when what it is made of has changed."""
-        parts = [data, scale, offset] + ([] if levels is None else [levels])
-        plain = all(type(part) is Tensor and not part.is_inference() for part in parts)
-        versions = [part._version for part in parts] if plain else []
-        if plain and self._kept is not None:
-            same = len(parts) == len(self._kept[0]) and all(a is b for a, b in zip(parts, self._kept[0], strict=True))
-            if same and versions == self._kept[1]:
-                return self._kept[2]
-        with torch.no_grad():
+        parts = (data, scale, offset) if levels is None else (data, scale, offset, levels)
+
+        def make() -> Tensor:
             codes = unpack(data, self.bits, len(scale) * self.bucket).reshape(-1, self.bucket)
             unit = codes.to(scale.dtype) / (2**self.bits - 1) if levels is None else levels[codes.long()]
-            value = joined(unit, scale, offset, self.shape)
-        if plain and type(value) is Tensor and not value.is_inference():
-            self._kept = (parts, versions, value)
-        return value
+            return joined(unit, scale, offset, self.shape)
+
+        return self._whole.value(parts, make)
 
 
 def _dense(module: Any, name: str) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,10 +23,12 @@ from torchgraft.bench.training import evaluate, evaluate_loss, paired_drop, scor
 from torchgraft.catalogue import registry
 from torchgraft.engines import recipe
 from torchgraft.engines.surgery.edits import history
+from torchgraft.errors import BadInput
 from torchgraft.fit import storage
 from torchgraft.fit.contribution import gains
 from torchgraft.fit.pareto import front, hypervolume
-from torchgraft.fit.search import Effort, Progress, run_trial, slot_seed, trial_folder
+from torchgraft.fit.plan import check_combination
+from torchgraft.fit.search import MEASURE_SECONDS, Effort, Progress, run_trial, slot_seed, trial_folder
 from torchgraft.fit.workshop import NOISY, Choice, Workshop
 from torchgraft.report.records import Applied, Candidate, CostRecord, Interval, NotHelped, Trial
 
@@ -32,8 +36,11 @@ __all__ = ["Finalist", "decide", "not_helped"]
 
 #: Models that are timed side by side at the end, at most.
 WIDEST = 10
-#: Timing rounds at a time, when to stop adding them, and the width of a ratio's interval that is narrow enough.
-ROUNDS, MOST_SECONDS, PRECISE = 20, 20.0, 0.04
+#: Timing rounds at a time, and the width of a ratio's interval that is narrow enough to stop adding them.
+ROUNDS, PRECISE = 20, 0.04
+#: What recovery at length leaves of a fall, about; the strengths of precision procedures by which recovered models end
+#: otherwise; the share of the recovery's time that this may take.
+LEFT, ENDINGS, ENDING_SHARE = 0.3, (0.8, 1.0), 0.25
 _logger = logging.getLogger("torchgraft")
 
 
@@ -48,6 +55,7 @@ class Finalist:
         steps: recovery steps that it has had.
         scores: validation score of every sample.
         polished: whether it was recovered at length.
+        float_model: the model before its precision procedure, where it was recovered.
     """
 
     name: str
@@ -56,6 +64,7 @@ class Finalist:
     steps: int
     scores: Tensor
     polished: bool = False
+    float_model: nn.Module | None = None
 
 
 def _load(workshop: Workshop, folder: Path) -> nn.Module:
@@ -84,11 +93,73 @@ def _ranked(workshop: Workshop, study: optuna.Study) -> list[optuna.trial.Frozen
     return sorted(complete, key=lambda t: (-t.user_attrs["record"]["validation"], t.user_attrs[storage.SLOT]))
 
 
-def _volume(workshop: Workshop, trial: optuna.trial.FrozenTrial) -> float:
-    """Return how much a trial alone holds of the space of score and costs."""
-    record = trial.user_attrs["record"]
-    ratios = [record["ratios"][cost] for cost in workshop.costs]
-    return hypervolume([gains(record["validation"], ratios, float(workshop.validation.mean()))])
+def _worth_recovering(
+    workshop: Workshop, ranked: Sequence[optuna.trial.FrozenTrial], count: int
+) -> list[optuna.trial.FrozenTrial]:
+    """Return the trials that together promise the most volume, one after the other, once they are recovered.
+
+    Recovery at length leaves about ``LEFT`` of what a trial has lost, so that a deep cut may be worth more than its
+    score after a few steps says.
+    """
+    base = float(workshop.validation.mean())
+    hoped = []
+    for trial in ranked:
+        record = trial.user_attrs["record"]
+        score = max(record["validation"], base - LEFT * (base - record["validation"]))
+        hoped.append(gains(score, [record["ratios"][cost] for cost in workshop.costs], base))
+    chosen: list[int] = []
+    while len(chosen) < min(count, len(ranked)):
+        held = [hoped[index] for index in chosen]
+        rest = [index for index in range(len(ranked)) if index not in chosen]
+        chosen.append(max(rest, key=lambda index: (hypervolume([*held, hoped[index]]), -index)))
+    return [ranked[index] for index in chosen]
+
+
+def _endings(workshop: Workshop, polished: Sequence[Finalist], until: float) -> list[Finalist]:
+    """Return the recovered models with other precision procedures at their end than they were searched with.
+
+    The float model under a precision procedure is trained without it, so another ending costs no training.
+
+    Args:
+        workshop: what the run shares.
+        polished: recovered models.
+        until: time (monotonic) after which no more are made.
+    """
+    stage = workshop.plan.stages.get("precision", {})
+    found = []
+    for strength, key, finalist in itertools.product(ENDINGS, stage, polished):
+        own = {k: s for k, s in finalist.strengths.items() if k not in stage}
+        strengths = {**own, key: strength}
+        if strengths == finalist.strengths or not own or time.monotonic() > until:
+            continue
+        try:
+            check_combination(list(strengths))
+            model = workshop.finish(finalist.float_model or finalist.model, strengths, workshop.seed)
+            scores = workshop.score(model)
+        except BadInput:
+            continue  # refused beside what stands there
+        name = f"{finalist.name}-{key}-{strength:g}"
+        found.append(Finalist(name, model, strengths, finalist.steps, scores))
+    return found
+
+
+def _promising(workshop: Workshop, finalists: Sequence[Finalist], count: int) -> list[Finalist]:
+    """Return at most ``count`` of ``finalists`` that no other beats when quickly measured, in their order."""
+    if len(finalists) <= count:
+        return list(finalists)
+    quick = [workshop.quick_ratios(finalist.model) for finalist in finalists]
+    base = float(workshop.validation.mean())
+    means = [float(finalist.scores.mean()) for finalist in finalists]
+    points = [gains(mean, [q[cost] for cost in workshop.costs], base) for mean, q in zip(means, quick, strict=True)]
+    chosen: list[int] = []
+    while len(chosen) < count:
+        held = [points[index] for index in chosen]
+        rest = [index for index in range(len(points)) if index not in chosen]
+        best = max(rest, key=lambda index: (hypervolume([*held, points[index]]), -index))
+        if hypervolume([*held, points[best]]) <= hypervolume(held) and chosen:
+            break
+        chosen.append(best)
+    return [finalists[index] for index in sorted(chosen)]
 
 
 def _polish(
@@ -123,12 +194,16 @@ def _polish(
             _logger.info("trial %d: recovery at length did not help (%.4f < %.4f)", slot, scores.mean(), before)
             continue
         finalists.append(
-            Finalist(f"trial-{slot}-recovered", finished, strengths, effort.steps + steps, scores, polished=True)
+            Finalist(
+                f"trial-{slot}-recovered", finished, strengths, effort.steps + steps, scores, True, float_model=model
+            )
         )
     return finalists
 
 
-def _side_by_side(workshop: Workshop, models: Sequence[nn.Module]) -> tuple[np.ndarray, list[Ratio]]:
+def _side_by_side(
+    workshop: Workshop, models: Sequence[nn.Module], most_seconds: float
+) -> tuple[np.ndarray, list[Ratio]]:
     """Time ``models`` in turns, in more rounds where the ratios to the first are still uncertain.
 
     Returns:
@@ -141,12 +216,20 @@ def _side_by_side(workshop: Workshop, models: Sequence[nn.Module]) -> tuple[np.n
         seconds = np.concatenate([seconds, more])
         ratios = [interval((seconds[:, column] / seconds[:, 0]).tolist()) for column in range(len(models))]
         widest = max((ratio.high - ratio.low) / ratio.value for ratio in ratios)
-        if widest <= PRECISE or time.monotonic() - begun > MOST_SECONDS:
+        if widest <= PRECISE or time.monotonic() - begun > most_seconds:
             return seconds, ratios
 
 
-def costs_of(workshop: Workshop, finalists: Sequence[Finalist]) -> list[dict[str, CostRecord]]:
-    """Return the costs of every finalist, times side by side with the first, which is the original."""
+def costs_of(
+    workshop: Workshop, finalists: Sequence[Finalist], *, most_seconds: float = MEASURE_SECONDS
+) -> list[dict[str, CostRecord]]:
+    """Return the costs of every finalist, times side by side with the first, which is the original.
+
+    Args:
+        workshop: what the run shares.
+        finalists: the models, the original first.
+        most_seconds: when to stop adding timing rounds though the ratios are still uncertain.
+    """
     example = workshop.task.example
     records: list[dict[str, CostRecord]] = [{} for _ in finalists]
     exact = [cost for cost in workshop.costs if cost not in NOISY]
@@ -164,7 +247,7 @@ def costs_of(workshop: Workshop, finalists: Sequence[Finalist]) -> list[dict[str
                 ratio_high=ratio,
             )
     if "latency" in workshop.costs:
-        seconds, ratio_of = _side_by_side(workshop, [finalist.model for finalist in finalists])
+        seconds, ratio_of = _side_by_side(workshop, [finalist.model for finalist in finalists], most_seconds)
         for column, record in enumerate(records):
             spread = interval((seconds[:, column] * 1e3).tolist())
             ratios = ratio_of[column]
@@ -276,8 +359,15 @@ def decide(
     """
     original = Finalist("original", workshop.original, {}, 0, workshop.validation)
     ranked = _ranked(workshop, study)
-    worthy = ranked if workshop.limits else sorted(ranked, key=lambda trial: -_volume(workshop, trial))
-    finalists = [original, *_polish(workshop, worthy[: effort.finalists], effort, folder, progress, trials)]
+    worthy = ranked[: effort.finalists]
+    if not workshop.limits:
+        worthy = _worth_recovering(workshop, ranked, effort.finalists)
+    finalists = [original, *_polish(workshop, worthy, effort, folder, progress, trials)]
+    if not workshop.limits:
+        progress(Progress("measure", "ending the recovered models otherwise", None, trials))
+        until = time.monotonic() + ENDING_SHARE * (effort.polish_seconds or math.inf)
+        others = _endings(workshop, finalists[1:], until)
+        finalists += _promising(workshop, others, WIDEST - 2 - len(finalists))
     progress(Progress("measure", "measuring side by side", None, trials))
     points = [
         (t.user_attrs["record"]["validation"], [t.user_attrs["record"]["ratios"][c] for c in workshop.costs])
@@ -291,7 +381,7 @@ def decide(
         finalists.append(Finalist(f"trial-{slot}", model, strengths, effort.steps, workshop.score(model)))
     if not ranked:
         finalists += _misses(workshop, study, effort)
-    costs = costs_of(workshop, finalists)
+    costs = costs_of(workshop, finalists, most_seconds=effort.measure_seconds)
     candidates = [candidate_of(workshop, f, c, max_drop) for f, c in zip(finalists, costs, strict=True)]
     # The original always stands on the front; among the others only those that nothing beats, and the recovered ones.
     beaten = front([(c.validation.value, [c.costs[k].ratio for k in workshop.costs]) for c in candidates])

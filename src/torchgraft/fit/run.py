@@ -21,7 +21,7 @@ from torchgraft.fit.elastic import fit_elastic
 from torchgraft.fit.outputs import make_record, note_settings, write_outputs
 from torchgraft.fit.plan import make_plan
 from torchgraft.fit.result import FitResult
-from torchgraft.fit.search import Effort, Progress, search, trial_records
+from torchgraft.fit.search import MEASURE_SECONDS, Effort, Progress, search, trial_records
 from torchgraft.fit.workshop import NOISY, Workshop
 
 __all__ = ["fit"]
@@ -62,7 +62,9 @@ def _effort(
     steps = int(min(max(0.55 * seconds / 10 / step * 0.6, 10), 400))
     # The rate of recovery falls to zero over these steps, so they are as many as the time is likely to allow.
     polish = max(int(0.35 * seconds / 2 / step), steps)
-    return Effort(trials, 0.55 * seconds, 0.35 * seconds, steps, polish, finalists=2)
+    # A budget is met by the upper end of an interval, which must not be wider than it can be made.
+    measure = MEASURE_SECONDS if workshop.limits else min(max(0.15 * seconds, 4.0), MEASURE_SECONDS)
+    return Effort(trials, 0.55 * seconds, 0.35 * seconds, steps, polish, finalists=2, measure_seconds=measure)
 
 
 def fit(

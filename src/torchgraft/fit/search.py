@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import logging
-import math
 import statistics
 import time
 import warnings
@@ -23,20 +21,19 @@ from torchgraft.catalogue.card import STAGES
 from torchgraft.engines import recipe
 from torchgraft.errors import BadInput
 from torchgraft.fit import storage
-from torchgraft.fit.experience import known, price
+from torchgraft.fit.opening import STARTUP, ascent, opening
 from torchgraft.fit.plan import Plan, check_combination
 from torchgraft.fit.workshop import FILLERS, Choice, Made, Workshop
 from torchgraft.report.records import Trial
 
-__all__ = ["Effort", "Progress", "search", "trial_records"]
+__all__ = ["MEASURE_SECONDS", "Effort", "Progress", "search", "trial_records"]
 
 NONE = "none"
-#: Trials of the opening, and of the random phase, before the sampler models what it has seen.
-STARTUP = 10
 #: A trial is stopped early only when at least this many others have come as far.
 QUORUM = 4
-#: How many times the least price a procedure may have and still be tried before the sampler takes over.
-DEAR = 12.0
+
+#: How long models are timed side by side at the end of a run, at most.
+MEASURE_SECONDS = 20.0
 
 _logger = logging.getLogger("torchgraft")
 
@@ -52,6 +49,7 @@ class Effort:
         steps: recovery steps a trial.
         polish_steps: recovery steps of a finalist (at most, where time is limited).
         finalists: how many candidates are recovered at length.
+        measure_seconds: how long the last timing side by side may take.
     """
 
     trials: int | None
@@ -60,6 +58,7 @@ class Effort:
     steps: int
     polish_steps: int
     finalists: int = 3
+    measure_seconds: float = MEASURE_SECONDS
 
 
 @dataclass(frozen=True)
@@ -82,79 +81,6 @@ class Progress:
 def slot_seed(seed: int, slot: int) -> int:
     """Return the seed of a slot: the same for every process, different for every slot."""
     return int(np.random.SeedSequence([seed, slot]).generate_state(1)[0])
-
-
-def opening(plan: Plan, *, aims: Sequence[str], trials: Sequence[Trial] = (), original: float = 1.0) -> list[Choice]:
-    """Return the first choices under a budget: one procedure a stage alone, natural pairs, then the other procedures.
-
-    Stages come in their order, which is also that of cost: a cut in depth needs no trace and no scores. The other
-    procedures come in the order of their price (:mod:`torchgraft.fit.experience`), which what the first choices have
-    shown decides too. A stage, or a procedure, that costs more than ``DEAR`` times the best of all is left to the
-    sampler.
-
-    Args:
-        plan: what may be done.
-        aims: the costs that are to fall.
-        trials: finished trials of this run.
-        original: the original's validation score.
-    """
-    first = {stage: next(iter(keys)) for stage, keys in plan.stages.items()}
-    before = {key: price(key, p.expense, aims=aims) for key, p in plan.procedures.items()}
-    cheap = DEAR * min(before.values())
-    begun = [Choice({stage: (key, 0.5)}) for stage, key in first.items() if before[key] <= cheap]
-    for others in (
-        ("depth", "width"),
-        ("width", "precision"),
-        ("depth", "width", "precision"),
-        ("width", "weights"),
-        ("width", "rank"),
-    ):
-        if all(stage in first for stage in others):
-            strengths = {"depth": 0.3, "width": 0.5, "rank": 0.3, "weights": 0.5, "precision": 1.0}
-            begun.append(Choice({stage: (first[stage], strengths[stage]) for stage in others}))
-    shown = [trial for trial in trials if trial.number < len(begun)]
-    prices = {
-        (stage, key): price(
-            key, procedure.expense, aims=aims, mates=[k for k in members if k != key], trials=shown, original=original
-        )
-        for stage, members in plan.stages.items()
-        for key, procedure in members.items()
-    }
-    bound = DEAR * min(prices.values())
-    affordable = [place for place, cost in prices.items() if first[place[0]] != place[1] and cost <= bound]
-    rest = sorted(affordable, key=prices.__getitem__)
-    return begun + [Choice({stage: (key, 0.5)}) for stage, key in rest]
-
-
-def combinations(plan: Plan, *, aims: Sequence[str]) -> list[Choice]:
-    """Return the first choices without a budget: the combinations of which most is expected for their time.
-
-    What is expected is the volume that a model would hold, the score that is kept times the halvings of each cost, if
-    procedures did together what each has done alone (:mod:`torchgraft.fit.experience`); the two cheapest of each stage
-    are combined.
-
-    Args:
-        plan: what may be done.
-        aims: the costs that are to fall.
-    """
-    options = []
-    for stage, members in plan.stages.items():
-        best = sorted(members, key=lambda key: price(key, members[key].expense, aims=aims))[:2]
-        options.append([None, *((stage, key) for key in best)])
-    found: list[tuple[float, Choice]] = []
-    for picked in itertools.product(*options):
-        chosen = [place for place in picked if place is not None]
-        try:
-            check_combination([key for _, key in chosen])
-        except BadInput:
-            continue
-        facts = [known(key, plan.stages[stage][key].expense) for stage, key in chosen]
-        volume = math.prod(fact.kept for fact in facts)
-        volume *= math.prod(sum(fact.gain([cost]) / max(fact.kept, 1e-9) for fact in facts) for cost in aims)
-        choice = Choice({stage: (key, 0.8 if stage == "precision" else 0.5) for stage, key in chosen})
-        found.append((volume / (1.0 + sum(fact.seconds for fact in facts)), choice))
-    found.sort(key=lambda pair: -pair[0])
-    return [choice for _, choice in found[:STARTUP] if choice.procedures]
 
 
 def _sampled(trial: optuna.Trial, plan: Plan, *, budgeted: bool) -> Choice:
@@ -184,17 +110,27 @@ def _choose(trial: optuna.Trial, plan: Plan, slot: int, *, budgeted: bool) -> Ch
         return replace(choice, procedures={s: kv for s, kv in choice.procedures.items() if kv[0] in keys})
 
 
-def _sampler(seed: int, slot: int, first: Sequence[Choice], plan: Plan) -> optuna.samplers.BaseSampler:
+def _first_choice(workshop: Workshop, slot: int, trials: Sequence[Trial]) -> Choice | None:
+    """Return what a slot of the opening tries, or ``None`` where the sampler chooses."""
+    score = float(workshop.validation.mean())
+    if not workshop.limits:
+        return ascent(workshop.plan, aims=workshop.costs, trials=trials, original=score)
+    aims = [limit.cost for limit in workshop.limits]
+    choices = opening(workshop.plan, aims=aims, trials=trials, original=score)
+    return choices[slot] if slot < len(choices) else None
+
+
+def _sampler(seed: int, slot: int, first: Choice | None, plan: Plan) -> optuna.samplers.BaseSampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler: optuna.samplers.BaseSampler = optuna.samplers.TPESampler(
             seed=slot_seed(seed, slot) % 2**31, n_startup_trials=STARTUP, multivariate=True
         )
-        if slot >= len(first):
+        if first is None:
             return sampler
         fixed: dict[str, Any] = {"target": 1.0}
         for stage in plan.stages:
-            key, strength = first[slot].procedures.get(stage, (NONE, 0.5))
+            key, strength = first.procedures.get(stage, (NONE, 0.5))
             fixed |= {stage: key, f"{stage}.strength": strength}
         return optuna.samplers.PartialFixedSampler(fixed, sampler)
 
@@ -305,15 +241,7 @@ def search(
                     time.sleep(0.5)
                     continue
                 break
-            if workshop.limits:
-                first = opening(
-                    workshop.plan,
-                    aims=[limit.cost for limit in workshop.limits],
-                    trials=trial_records(study),
-                    original=float(workshop.validation.mean()),
-                )
-            else:
-                first = combinations(workshop.plan, aims=workshop.costs)
+            first = _first_choice(workshop, slot, trial_records(study))
             study.sampler = _sampler(workshop.seed, slot, first, workshop.plan)
             trial = study.ask()
             trial.set_user_attr(storage.WORKER, storage.worker())

@@ -2,22 +2,22 @@
 
 With n = 2^(b-1) - 1 and m the largest magnitude of an output channel (or of the tensor), a weight w has the code
 Q = round(n sign(w) |w/m|^a) in [-n, n] and stands for m sign(Q) |Q/n|^(1/a); a = 1 is the uniform grid. The codes are
-stored b bits each. Before a layer runs its weight is put together again as floats, once, and kept: the file is small
-and nothing gets faster.
+stored b bits each; a stands in the recipe. Before a layer runs its weight is put together again as floats, once, and
+kept: the file is small and nothing gets faster.
 """
 
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from torchgraft.engines.assembled import Assembled
 from torchgraft.engines.bucketed import pack, unpack
 from torchgraft.engines.int8 import is_linear
 from torchgraft.engines.sites import ignored
@@ -31,6 +31,7 @@ __all__ = [
     "bend",
     "code_layers",
     "codes_of",
+    "exponent_of",
     "grid",
     "largest_code",
     "magnitudes",
@@ -188,39 +189,35 @@ class PowerQuantizer:
 
 @dataclass
 class _Layout:
-    """How the weight of one layer is packed, and the floats that it was last put together as."""
+    """How the weight of one layer is packed; layers that share a weight share this."""
 
     bits: int
     shape: torch.Size
-    kept: tuple[list[Tensor], list[int], Tensor] | None = None
+    exponent: float
+    whole: Assembled = field(default_factory=Assembled)
 
 
 def _dense(module: Any) -> Tensor:
     layout: _Layout = module.__dict__["_few_bit"]
-    held = module._buffers
-    codes, scale, exponent = parts = [held["weight_codes"], held["weight_scale"], held["weight_exponent"]]
-    plain = all(type(part) is Tensor and not part.is_inference() for part in parts)
-    versions = [part._version for part in parts] if plain else []
-    if plain and layout.kept is not None:
-        same = all(a is b for a, b in zip(parts, layout.kept[0], strict=True))
-        if same and versions == layout.kept[1]:
-            return layout.kept[2]
-    with torch.no_grad():
+    codes, scale = module._buffers["weight_codes"], module._buffers["weight_scale"]
+
+    def make() -> Tensor:
         n = largest_code(layout.bits)
-        unit = torch.arange(-n, n + 1, dtype=torch.float64, device=scale.device) / n
-        levels = bend(unit, 1.0 / exponent.double()).to(scale.dtype)
         whole = unpack(codes, layout.bits, layout.shape.numel()).long().clamp(max=2 * n)
-        value: Tensor = levels[whole].reshape(layout.shape) * scale
-    if plain and type(value) is Tensor and not value.is_inference():
-        layout.kept = (parts, versions, value)
-    return value
+        value: Tensor = grid(layout.bits, layout.exponent).to(scale)[whole].reshape(layout.shape) * scale
+        return value
+
+    return layout.whole.value((codes, scale), make)
 
 
 @functools.cache
 def _class_of(base: type[nn.Module]) -> type[nn.Module]:
     """Return a subclass of ``base`` whose weight is put together from codes whenever it is read."""
-    # parameter_buffers is said to the meters: the weight stands for a parameter and counts as one.
-    body: dict[str, Any] = {"weight": property(_dense), "parameter_buffers": ("weight",), "__module__": __name__}
+    body: dict[str, Any] = {
+        "weight": property(_dense),
+        "parameter_buffers": ("weight",),  # said to the meters: the weight stands for a parameter and counts as one
+        "__module__": __name__,
+    }
     return type(f"FewBit{base.__name__}", (base,), body)
 
 
@@ -229,28 +226,50 @@ def channel_axis(layer: nn.Module) -> int:
     return 1 if is_linear(layer) and not isinstance(layer, nn.Linear) else 0
 
 
+def _takes_codes(module: nn.Module) -> bool:
+    if type(module) is nn.Embedding:
+        return module.max_norm is None  # else a call writes into the weight
+    return is_linear(module) or type(module) in _CONVS
+
+
+def _holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
+    """Return who holds each parameter, by its identity: (module name, module, parameter name)."""
+    found: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    for prefix, module in model.named_modules():
+        for name, value in module._parameters.items():
+            if value is not None:
+                found.setdefault(id(value), []).append((prefix, module, name))
+    return found
+
+
 def storable_layers(model: nn.Module, *, ignore: Sequence[str] = ()) -> list[str]:
-    """Return the plain linear layers and convolutions whose weight is theirs alone, by name; ``""`` is the model.
+    """Return the plain linear layers, convolutions and embeddings that can run from codes, by name.
+
+    A weight that several of them share is named once, by the first; one that anything else holds too is left out, and
+    so is one of which a holder is ignored. ``""`` is the model.
 
     Args:
         model: any module.
         ignore: globs of modules that stay as they are.
 
     Example:
-        >>> storable_layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
-        ['0']
+        >>> storable_layers(nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 2), nn.ReLU()))
+        ['0', '1']
     """
-    owners = Counter(
-        id(value) for module in model.modules() for value in module._parameters.values() if value is not None
-    )
     found = []
-    for name, module in model.named_modules():
-        if ignored(name, ignore) or not (is_linear(module) or type(module) in _CONVS):
+    for holders in _holders(model).values():
+        name, first, _ = holders[0]
+        weight = first._parameters.get("weight")
+        if weight is None or not weight.is_floating_point():
             continue
-        weight = module._parameters.get("weight")
-        if weight is not None and owners[id(weight)] == 1 and weight.is_floating_point():
+        alike = len({channel_axis(module) for _, module, _ in holders}) == 1
+        if alike and all(
+            part == "weight" and _takes_codes(module) and not ignored(prefix, ignore)
+            for prefix, module, part in holders
+        ):
             found.append(name)
-    return found
+    order = [name for name, _ in model.named_modules()]
+    return sorted(found, key=order.index)
 
 
 def code_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -265,8 +284,19 @@ def codes_of(layer: nn.Module) -> Tensor:
     return data.reshape(layout.shape) - largest_code(layout.bits)
 
 
-def set_codes(layer: nn.Module, codes: Tensor, exponent: float) -> None:
-    """Write ``codes`` in [-n, n] and the exponent of the grid into ``layer``, in place.
+def exponent_of(layer: nn.Module) -> float:
+    """Return the exponent of the grid of ``layer``."""
+    layout: _Layout = layer.__dict__["_few_bit"]
+    return layout.exponent
+
+
+def set_codes(layer: nn.Module, codes: Tensor, exponent: float | None = None) -> None:
+    """Write ``codes`` in [-n, n] into ``layer``, in place.
+
+    Args:
+        layer: a layer that runs from codes.
+        codes: in the shape of its weight.
+        exponent: of this object's grid from now on; what is to be saved must name it in its edit too.
 
     Raises:
         BadInput: shape or range is wrong.
@@ -277,7 +307,8 @@ def set_codes(layer: nn.Module, codes: Tensor, exponent: float) -> None:
         raise BadInput(f"codes must be {tuple(layout.shape)} in [-{n}, {n}], got {tuple(codes.shape)}")
     with torch.no_grad():
         layer.get_buffer("weight_codes").copy_(pack(codes + n, layout.bits))
-        layer.get_buffer("weight_exponent").fill_(check_exponent(exponent))
+    if exponent is not None:
+        layout.exponent, layout.whole = check_exponent(exponent), Assembled()
 
 
 class FewBit(Edit):
@@ -297,24 +328,26 @@ class FewBit(Edit):
     def rewrite(self, model: nn.Module) -> nn.Module:
         """Replace the weight of each layer by the codes of its nearest levels, in place."""
         possible = storable_layers(model)
-        named = dict(model.named_modules())
+        named, shared = dict(model.named_modules()), _holders(model)
         for name, bits in self.bits.items():
             if name not in possible:
                 raise BadInput(f"few-bit finds no layer that it can take at {name!r}{nearest(name, possible or [''])}")
-            self._replace(named[name], bits, self.exponents.get(name, 1.0))
+            weight = named[name]._parameters["weight"]
+            self._replace(cast(Tensor, weight), [module for _, module, _ in shared[id(weight)]], name, bits)
         return model
 
-    def _replace(self, layer: nn.Module, bits: int, exponent: float) -> None:
-        weight = cast(Tensor, layer._parameters["weight"]).detach()
-        scale = magnitudes(weight, self.granularity, axis=channel_axis(layer))
-        codes = power_codes(weight, scale, bits=bits, exponent=exponent)
-        del layer._parameters["weight"]
-        kind = type(layer)
-        layer.__class__ = _class_of(kind)  # type: ignore[arg-type]  # classes do hash
-        layer.__dict__["_few_bit"] = _Layout(bits, weight.shape)
-        layer.register_buffer("weight_codes", pack(codes + largest_code(bits), bits))
-        layer.register_buffer("weight_scale", scale)
-        layer.register_buffer("weight_exponent", torch.tensor(exponent, dtype=torch.float32, device=weight.device))
+    def _replace(self, value: Tensor, layers: Sequence[nn.Module], name: str, bits: int) -> None:
+        weight, exponent = value.detach(), check_exponent(self.exponents.get(name, 1.0))
+        scale = magnitudes(weight, self.granularity, axis=channel_axis(layers[0]))
+        codes = pack(power_codes(weight, scale, bits=bits, exponent=exponent) + largest_code(bits), bits)
+        layout = _Layout(bits, weight.shape, exponent)
+        for layer in layers:
+            del layer._parameters["weight"]
+            kind = type(layer)
+            layer.__class__ = _class_of(kind)  # type: ignore[arg-type]  # classes do hash
+            layer.__dict__["_few_bit"] = layout
+            layer.register_buffer("weight_codes", codes)
+            layer.register_buffer("weight_scale", scale)
 
     def describe(self) -> dict[str, str]:
         """Say in how many bits each layer is stored."""
