@@ -1,4 +1,4 @@
-"""The first trials without a budget: what is expected by hand, steps up while they gain, and another combination then."""
+"""The first trials of a run: what is expected by hand, steps up while they gain, blame and credit, each alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from torchgraft.engines.procedure import Procedure
 from torchgraft.fit.experience import known
-from torchgraft.fit.opening import LITTLE, PRECISION, RUNGS, STARTUP, ascent
+from torchgraft.fit.opening import COMBINED, LEAST, LITTLE, PRECISION, RUNGS, STARTUP, alone, ascent, descent
 from torchgraft.fit.plan import Plan
 from torchgraft.report.records import Trial
 
@@ -94,3 +94,61 @@ def test_it_ends_with_the_rungs_or_when_the_sampler_has_enough() -> None:
 def test_what_has_no_place_is_not_combined(pair: tuple[str, str]) -> None:
     # An elastic procedure has no stage; with it nothing is allowed and nothing chosen.
     assert ascent(plan_of(width=[pair[0]]), aims=COSTS) is None
+
+
+BUDGETED = plan_of(depth=["chain-of-layers"], width=["taylor-pruning"], precision=["int8-dynamic"])
+
+
+def test_under_a_budget_the_combination_that_is_expected_to_keep_most_comes_first() -> None:
+    depth, width = known("chain-of-layers", 1), known("taylor-pruning", 1)
+    h = {"depth": depth.halvings["latency"], "width": width.halvings["latency"]}
+    both = h["depth"] + h["width"]
+    # One halving is needed. By hand: together they are stretched least, and each stretch counts by its square.
+    kept_by = {
+        "depth": depth.kept ** (1 / h["depth"]) ** 2,
+        "width": width.kept ** (1 / h["width"]) ** 2,
+        "both": (depth.kept * width.kept) ** (1 / both) ** 2,
+    }
+    times = {"depth": depth.seconds, "width": width.seconds, "both": depth.seconds + width.seconds}
+    worth = {key: value / (1 + times[key]) for key, value in kept_by.items()}
+    plan = plan_of(depth=["chain-of-layers"], width=["taylor-pruning"])
+    chosen = descent(plan, needs={"latency": 0.5})
+    assert chosen is not None
+    names = {"depth": {"depth"}, "width": {"width"}, "both": {"depth", "width"}}
+    best = max(worth, key=worth.__getitem__)
+    assert set(chosen.procedures) == names[best]
+    stretch = 1 / (both if best == "both" else h[best])
+    assert all(strength == pytest.approx(0.5 * stretch) for _, strength in chosen.procedures.values())
+    # A mild budget asks for little of each.
+    mild = descent(BUDGETED, needs={"latency": 0.97})
+    assert mild is not None
+    assert {s for stage, (_, s) in mild.procedures.items() if stage != "precision"} <= {LEAST}
+
+
+def test_what_disappoints_is_blamed_and_each_combination_is_tried_once() -> None:
+    first = descent(BUDGETED, needs={"latency": 0.5})
+    assert first is not None
+    trials: list[Trial] = []
+    seen = []
+    for number in range(COMBINED):
+        choice = descent(BUDGETED, needs={"latency": 0.5}, trials=trials)
+        assert choice is not None
+        keys = {key for key, _ in choice.procedures.values()}
+        assert keys not in seen
+        seen.append(keys)
+        # Cuts in depth destroy this model; all else keeps its score.
+        score = 0.2 if "chain-of-layers" in keys else 1.0
+        trials.append(trial(number, dict(choice.procedures.values()), score, 0.5, 0.5))
+    assert descent(BUDGETED, needs={"latency": 0.5}, trials=trials) is None
+    # After the first, both combinations that can reach the budget without it come before those with it.
+    assert ["chain-of-layers" in keys for keys in seen[:4]] == [True, False, False, True]
+    # int8 alone keeps everything, and is far from halving the time.
+    assert {"int8-dynamic"} not in seen
+
+
+def test_each_alone_follows_by_price() -> None:
+    choices = alone(BUDGETED, aims=["latency"])
+    keys = [next(iter(choice.procedures.values()))[0] for choice in choices]
+    prices = [known(key, 1).seconds / max(known(key, 1).gain(["latency"]), 0.01) for key in keys]
+    assert prices == sorted(prices)
+    assert keys[0] == "chain-of-layers"

@@ -92,8 +92,10 @@ def test_the_same_command_repeats_itself(finished: tuple[Path, FitResult], tmp_p
     source, result = finished
     again = _fit(source, tmp_path / "again")
     assert (again.folder / "front.json").read_text() == (result.folder / "front.json").read_text()
+    weights = (result.folder / "model.safetensors").read_bytes()
+    assert (again.folder / "model.safetensors").read_bytes() == weights
     other = _fit(source, tmp_path / "other", seed=1)
-    assert (other.folder / "front.json").read_text() != (result.folder / "front.json").read_text()
+    assert (other.folder / "model.safetensors").read_bytes() != weights
 
 
 def test_a_finished_run_is_taken_up_and_not_repeated(finished: tuple[Path, FitResult], tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ WIDEST = 10
 ROUNDS, PRECISE = 20, 0.04
 #: What recovery at length leaves of a fall, about; the strengths of precision procedures by which recovered models end
 #: otherwise; the share of the recovery's time that this may take.
-LEFT, ENDINGS, ENDING_SHARE = 0.3, (0.8, 1.0), 0.25
+LEFT, ENDINGS, ENDING_SHARE = 0.3, (0.8, 1.0), 0.15
 _logger = logging.getLogger("torchgraft")
 
 

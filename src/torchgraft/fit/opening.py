@@ -1,36 +1,44 @@
-"""The first choices of a run: what to try before the sampler has seen enough to choose."""
+"""The first choices of a run: what to try before the sampler has seen enough to choose.
+
+What a combination of procedures will do is guessed from what each has done alone (:mod:`torchgraft.fit.experience`), as
+if they did not touch each other, and put right by what this run has shown: where a trial does better or worse than
+guessed, the procedures in it share the credit or the blame.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torchgraft.errors import BadInput
-from torchgraft.fit.experience import kept, known, price
+from torchgraft.fit.experience import SHIPPED, Known, kept, known, price
 from torchgraft.fit.plan import Plan, check_combination
 from torchgraft.fit.workshop import Choice
 from torchgraft.report.records import Trial
 
-__all__ = ["STARTUP", "ascent", "opening"]
+__all__ = ["STARTUP", "alone", "ascent", "descent"]
 
-#: Trials of the ascent, and of the sampler's random phase.
-STARTUP = 10
+#: Trials of an ascent, and of the sampler's random phase; combinations that are tried first under a budget.
+STARTUP, COMBINED = 10, 6
 #: How many times the least price a procedure may have and still be tried before the sampler takes over.
 DEAR = 12.0
 #: The strengths that an ascent steps through, and that of the precision stage, which is varied at the end of a run.
 RUNGS, PRECISION = (0.5, 0.7, 0.85, 0.95), 0.8
 #: Halvings that count for a cost that does not fall, so that gains in the others still tell.
 LITTLE = 0.05
+#: The strength at which procedures are taken to do what is known of them, and the least and most of a first guess.
+REFERENCE, LEAST, MOST = 0.5, 0.1, 0.9
+#: How many times as many halvings as are known a procedure can reach by its full strength.
+FARTHEST = 1.0 / REFERENCE
+
+Keys = tuple[str, ...]
 
 
-def opening(plan: Plan, *, aims: Sequence[str], trials: Sequence[Trial] = (), original: float = 1.0) -> list[Choice]:
-    """Return the first choices under a budget: one procedure a stage alone, natural pairs, then the other procedures.
+def alone(plan: Plan, *, aims: Sequence[str], trials: Sequence[Trial] = (), original: float = 1.0) -> list[Choice]:
+    """Return every procedure alone, by its price, which the trials so far decide too.
 
-    Stages come in their order, which is also that of cost: a cut in depth needs no trace and no scores. The other
-    procedures come in the order of their price (:mod:`torchgraft.fit.experience`), which what the first choices have
-    shown decides too. A stage, or a procedure, that costs more than ``DEAR`` times the best of all is left to the
-    sampler.
+    One that costs more than ``DEAR`` times the best of all is left to the sampler.
 
     Args:
         plan: what may be done.
@@ -38,32 +46,114 @@ def opening(plan: Plan, *, aims: Sequence[str], trials: Sequence[Trial] = (), or
         trials: finished trials of this run.
         original: the original's validation score.
     """
-    first = {stage: next(iter(keys)) for stage, keys in plan.stages.items()}
-    before = {key: price(key, p.expense, aims=aims) for key, p in plan.procedures.items()}
-    cheap = DEAR * min(before.values())
-    begun = [Choice({stage: (key, 0.5)}) for stage, key in first.items() if before[key] <= cheap]
-    for others in (
-        ("depth", "width"),
-        ("width", "precision"),
-        ("depth", "width", "precision"),
-        ("width", "weights"),
-        ("width", "rank"),
-    ):
-        if all(stage in first for stage in others):
-            strengths = {"depth": 0.3, "width": 0.5, "rank": 0.3, "weights": 0.5, "precision": 1.0}
-            begun.append(Choice({stage: (first[stage], strengths[stage]) for stage in others}))
-    shown = [trial for trial in trials if trial.number < len(begun)]
     prices = {
         (stage, key): price(
-            key, procedure.expense, aims=aims, mates=[k for k in members if k != key], trials=shown, original=original
+            key, procedure.expense, aims=aims, mates=[k for k in members if k != key], trials=trials, original=original
         )
         for stage, members in plan.stages.items()
         for key, procedure in members.items()
     }
     bound = DEAR * min(prices.values())
-    affordable = [place for place, cost in prices.items() if first[place[0]] != place[1] and cost <= bound]
-    rest = sorted(affordable, key=prices.__getitem__)
-    return begun + [Choice({stage: (key, 0.5)}) for stage, key in rest]
+    affordable = [place for place, cost in prices.items() if cost <= bound]
+    return [Choice({stage: (key, REFERENCE)}) for stage, key in sorted(affordable, key=prices.__getitem__)]
+
+
+def _facts(plan: Plan, keys: Keys) -> list[Known]:
+    return [known(key, plan.procedures[key].expense) for key in keys]
+
+
+def _halvings(facts: Sequence[Known], cost: str) -> float:
+    """Return the halvings of a cost by procedures together, each as it fares alone."""
+    return max(sum(fact.gain([cost]) / max(fact.kept, 1e-9) for fact in facts), LITTLE)
+
+
+def _combinations(plan: Plan, aims: Sequence[str]) -> list[Keys]:
+    """Return every allowed combination of the two cheapest procedures of each stage."""
+    options = []
+    for members in plan.stages.values():
+        best = sorted(members, key=lambda key: price(key, members[key].expense, aims=aims))[:2]
+        options.append([None, *best])
+    found = []
+    for picked in itertools.product(*options):
+        keys = tuple(key for key in picked if key is not None)
+        try:
+            check_combination(keys)
+        except BadInput:
+            continue
+        if keys:
+            found.append(keys)
+    return found
+
+
+def _tried(plan: Plan, trials: Sequence[Trial]) -> dict[Keys, list[Trial]]:
+    found: dict[Keys, list[Trial]] = {}
+    for trial in trials:
+        found.setdefault(tuple(key for key in plan.procedures if key in trial.procedures), []).append(trial)
+    return found
+
+
+def _credit(shown: Mapping[Keys, float], guessed: Mapping[Keys, float]) -> dict[str, float]:
+    """Return the logarithm of what each procedure is better than known: its share of what each trial was above guess.
+
+    What was known counts as ``SHIPPED`` trials without surprise.
+
+    Args:
+        shown: what the first trial of a combination has come to.
+        guessed: what was expected of it.
+    """
+    shares: dict[str, list[float]] = {}
+    for keys, value in shown.items():
+        surprise = math.log(max(value, 1e-3) / max(guessed[keys], 1e-3))
+        for key in keys:
+            shares.setdefault(key, []).append(surprise / len(keys))
+    return {key: sum(own) / (SHIPPED + len(own)) for key, own in shares.items()}
+
+
+def _put_right(guess: float, keys: Keys, credit: Mapping[str, float]) -> float:
+    return guess * math.exp(sum(credit.get(key, 0.0) for key in keys))
+
+
+def _choice(plan: Plan, keys: Keys, strength: float, precision: float) -> Choice:
+    stages = {key: stage for stage, members in plan.stages.items() for key in members}
+    return Choice({stages[k]: (k, precision if stages[k] == "precision" else strength) for k in keys})
+
+
+def _seconds(plan: Plan, keys: Keys) -> float:
+    return 1.0 + sum(fact.seconds for fact in _facts(plan, keys))
+
+
+def descent(
+    plan: Plan, *, needs: Mapping[str, float], trials: Sequence[Trial] = (), original: float = 1.0
+) -> Choice | None:
+    """Return the next choice under a budget, or ``None`` once ``COMBINED`` combinations have been tried.
+
+    A combination that halves a cost h times and keeps r of the score is expected to keep r^(x^2) where x h halvings are
+    needed: a small step costs little, a large one much. The most for its time is next, each combination once, at
+    strengths in proportion to x; one of them is solved for afterwards.
+
+    Args:
+        plan: what may be done.
+        needs: cost -> the ratio that the budget allows.
+        trials: finished trials of this run.
+        original: the original's validation score.
+    """
+    tried = _tried(plan, trials)
+    if len(trials) >= COMBINED:
+        return None
+    asked = {cost: max(-math.log2(max(ratio, 1e-9)), LITTLE) for cost, ratio in needs.items()}
+    guessed, stretch = {}, {}
+    for keys in _combinations(plan, list(needs)):
+        facts = _facts(plan, keys)
+        stretch[keys] = max(halvings / _halvings(facts, cost) for cost, halvings in asked.items())
+        guessed[keys] = math.prod(max(fact.kept, 1e-3) for fact in facts) ** (stretch[keys] ** 2)
+        guessed[keys] *= min(1.0, FARTHEST / stretch[keys]) ** 4  # hardly within reach, whatever it keeps
+    shown = {keys: kept(members[0], original) for keys, members in tried.items() if keys in guessed}
+    credit = _credit(shown, guessed)
+    rest = [keys for keys in guessed if keys not in tried]
+    if not rest:
+        return None
+    keys = max(rest, key=lambda keys: _put_right(guessed[keys], keys, credit) / _seconds(plan, keys))
+    return _choice(plan, keys, min(max(REFERENCE * stretch[keys], LEAST), MOST), 1.0)
 
 
 def _volume(trial: Trial, original: float, aims: Sequence[str]) -> float:
@@ -72,35 +162,12 @@ def _volume(trial: Trial, original: float, aims: Sequence[str]) -> float:
     return kept(trial, original) * math.prod(halvings)
 
 
-def _combinations(plan: Plan, aims: Sequence[str]) -> dict[tuple[str, ...], tuple[float, float]]:
-    """Return every allowed combination of the two cheapest procedures of each stage: its expected volume and time."""
-    options = []
-    for members in plan.stages.values():
-        best = sorted(members, key=lambda key: price(key, members[key].expense, aims=aims))[:2]
-        options.append([None, *best])
-    found = {}
-    for picked in itertools.product(*options):
-        keys = tuple(key for key in picked if key is not None)
-        try:
-            check_combination(keys)
-        except BadInput:
-            continue
-        facts = [known(key, plan.procedures[key].expense) for key in keys]
-        volume = math.prod(fact.kept for fact in facts)
-        gained = (sum(fact.gain([cost]) / max(fact.kept, 1e-9) for fact in facts) for cost in aims)
-        volume *= math.prod(max(halvings, LITTLE) for halvings in gained)
-        if keys:
-            found[keys] = (volume, 1.0 + sum(fact.seconds for fact in facts))
-    return found
-
-
 def ascent(plan: Plan, *, aims: Sequence[str], trials: Sequence[Trial] = (), original: float = 1.0) -> Choice | None:
     """Return the next choice without a budget, or ``None`` once the sampler has enough to go by.
 
-    What is expected of a combination is the volume that a model would hold, the score that is kept times the halvings
-    of each cost, if procedures did together what each has done alone (:mod:`torchgraft.fit.experience`), put right by
-    the mean error of that guess in this run. A combination that has been tried is expected to gain by the next of the
-    strengths ``RUNGS`` in proportion, as long as the last step up has gained. The most volume for the time is next.
+    A combination is worth the volume that a model would hold, the score that is kept times the halvings of each cost.
+    One that has been tried is expected to gain by the next of the strengths ``RUNGS`` in proportion, as long as the
+    last step up has gained. The most volume for the time is next.
 
     Args:
         plan: what may be done.
@@ -110,26 +177,22 @@ def ascent(plan: Plan, *, aims: Sequence[str], trials: Sequence[Trial] = (), ori
     """
     if len(trials) >= STARTUP:
         return None
-    stage_of = {key: stage for stage, members in plan.stages.items() for key in members}
-    guessed = _combinations(plan, aims)
-    tried: dict[tuple[str, ...], list[Trial]] = {}
-    for trial in trials:
-        tried.setdefault(tuple(key for key in plan.procedures if key in trial.procedures), []).append(trial)
+    stages = {key: stage for stage, members in plan.stages.items() for key in members}
 
     def rung(trial: Trial) -> float:
         """The strength of a trial's float procedures, which is the same for all of them in an ascent."""
-        return min([s for key, s in trial.procedures.items() if stage_of.get(key) != "precision"], default=1.0)
+        return min([s for key, s in trial.procedures.items() if stages.get(key) != "precision"], default=1.0)
 
-    errors = [
-        math.log(max(_volume(members[0], original, aims), 1e-3) / max(guessed[keys][0], 1e-3))
-        for keys, members in tried.items()
-        if keys in guessed
-    ]
-    error = math.exp(sum(errors) / len(errors)) if errors else 1.0
-    best: tuple[float, tuple[str, ...], float] | None = None
-    for keys, (volume, seconds) in guessed.items():
+    guessed = {}
+    for keys in _combinations(plan, aims):
+        facts = _facts(plan, keys)
+        guessed[keys] = math.prod(fact.kept for fact in facts) * math.prod(_halvings(facts, cost) for cost in aims)
+    tried = _tried(plan, trials)
+    credit = _credit({k: _volume(t[0], original, aims) for k, t in tried.items() if k in guessed}, guessed)
+    best: tuple[float, Keys, float] | None = None
+    for keys, guess in guessed.items():
+        strength, expected = RUNGS[0], _put_right(guess, keys, credit)
         members = sorted(tried.get(keys, []), key=rung)
-        strength, expected = RUNGS[0], volume * error
         if members:
             volumes = [_volume(trial, original, aims) for trial in members]
             steps = [step for step in RUNGS if step > rung(members[-1]) + 1e-9]
@@ -137,9 +200,7 @@ def ascent(plan: Plan, *, aims: Sequence[str], trials: Sequence[Trial] = (), ori
                 continue  # as far as it goes, or the last step up was one too many
             strength, further = steps[0], steps[0] / rung(members[-1])
             expected = volumes[-1] * further ** len(aims) * kept(members[-1], original) ** (further**2 - 1.0)
-        if best is None or expected / seconds > best[0]:
-            best = (expected / seconds, keys, strength)
-    if best is None:
-        return None
-    _, keys, strength = best
-    return Choice({stage_of[k]: (k, PRECISION if stage_of[k] == "precision" else strength) for k in keys})
+        value = expected / _seconds(plan, keys)
+        if best is None or value > best[0]:
+            best = (value, keys, strength)
+    return None if best is None else _choice(plan, best[1], best[2], PRECISION)

@@ -48,23 +48,31 @@ def _chosen_costs(costs: Sequence[str] | None, limits: Sequence[Limit]) -> tuple
 
 
 def _effort(
-    workshop: Workshop, *, seconds: float | None, trials: int | None, training: bool, deterministic: bool
+    workshop: Workshop,
+    *,
+    seconds: float | None,
+    spent: float,
+    trials: int | None,
+    training: bool,
+    deterministic: bool,
 ) -> Effort:
     if trials is not None and trials < 1:
         raise BadInput(f"trials must be at least 1, got {trials}")
     if deterministic and seconds is None:
         steps, polish = (STEPS, POLISH_STEPS) if training else (0, 0)
         return Effort(trials or TRIALS, None, None, steps, polish, finalists=2)
+    # What getting ready has taken is not there for the rest, of which half at least is left.
     seconds = 300.0 if seconds is None else seconds
+    seconds = max(seconds - spent, 0.5 * seconds)
     if not training:
         return Effort(trials, seconds * 0.8, None, 0, 0)
     step = workshop.step_seconds()
-    steps = int(min(max(0.55 * seconds / 10 / step * 0.6, 10), 400))
+    steps = int(min(max(0.5 * seconds / 10 / step * 0.6, 10), 400))
     # The rate of recovery falls to zero over these steps, so they are as many as the time is likely to allow.
-    polish = max(int(0.35 * seconds / 2 / step), steps)
+    polish = max(int(0.3 * seconds / 2 / step), steps)
     # A budget is met by the upper end of an interval, which must not be wider than it can be made.
-    measure = MEASURE_SECONDS if workshop.limits else min(max(0.15 * seconds, 4.0), MEASURE_SECONDS)
-    return Effort(trials, 0.55 * seconds, 0.35 * seconds, steps, polish, finalists=2, measure_seconds=measure)
+    measure = MEASURE_SECONDS if workshop.limits else min(0.12 * seconds, MEASURE_SECONDS)
+    return Effort(trials, 0.5 * seconds, 0.3 * seconds, steps, polish, finalists=2, measure_seconds=measure)
 
 
 def fit(
@@ -92,8 +100,10 @@ def fit(
         task: a :class:`~torchgraft.Task`, a built-in name, a file with ``task()``, or ``hf:DIR``.
         budget: limits such as ``{"latency": "0.5x", "size": "1MB"}``; hard, and met together or not at all.
         max_drop: the largest fall of the validation score, in its own units; ``None`` for any.
-        time: how long to search and recover, such as ``"5m"``. Default: 5 minutes where a measured cost is
-            noisy; a fixed number of trials where every cost is exact, so that runs repeat themselves.
+        time: how long the run may take once the original is trained, such as ``"5m"``; a trial that has begun is
+            finished, and with a budget the last timing takes as long as it needs, at most 20 seconds. Default: 5
+            minutes where a measured cost is noisy; a fixed number of trials where every cost is exact, so that runs
+            repeat themselves.
         trials: how many trials, where not as many as the time allows.
         seed: makes every choice.
         training: whether models may be trained (recovered) at all.
@@ -137,6 +147,7 @@ def fit(
     folder = Path(out) if out is not None else Path("runs") / task.name
     tell(Progress("prepare", "training the baseline where it is not kept yet, and measuring it"))
     original = task.trained()
+    ready = monotonic()
     if elastic:
         if trials is not None or study is not None:
             raise BadInput("an elastic fit has no trials to count or share; leave out trials and study")
@@ -181,7 +192,10 @@ def fit(
         "torchgraft": version("torchgraft"),
     }
     fingerprint = note_settings(folder, workshop, settings)
-    effort = _effort(workshop, seconds=seconds, trials=trials, training=training, deterministic=deterministic)
+    spent = monotonic() - ready
+    effort = _effort(
+        workshop, seconds=seconds, spent=spent, trials=trials, training=training, deterministic=deterministic
+    )
     shared = storage.open_study(study, folder, f"{task.name}-{fingerprint}")
     search(workshop, shared, effort, folder, tell)
     finished = trial_records(shared)

@@ -21,7 +21,7 @@ from torchgraft.catalogue.card import STAGES
 from torchgraft.engines import recipe
 from torchgraft.errors import BadInput
 from torchgraft.fit import storage
-from torchgraft.fit.opening import STARTUP, ascent, opening
+from torchgraft.fit.opening import STARTUP, alone, ascent, descent
 from torchgraft.fit.plan import Plan, check_combination
 from torchgraft.fit.workshop import FILLERS, Choice, Made, Workshop
 from torchgraft.report.records import Trial
@@ -110,14 +110,18 @@ def _choose(trial: optuna.Trial, plan: Plan, slot: int, *, budgeted: bool) -> Ch
         return replace(choice, procedures={s: kv for s, kv in choice.procedures.items() if kv[0] in keys})
 
 
-def _first_choice(workshop: Workshop, slot: int, trials: Sequence[Trial]) -> Choice | None:
-    """Return what a slot of the opening tries, or ``None`` where the sampler chooses."""
+def _first_choice(workshop: Workshop, trials: Sequence[Trial]) -> Choice | None:
+    """Return what the opening tries after ``trials``, or ``None`` where the sampler chooses."""
     score = float(workshop.validation.mean())
     if not workshop.limits:
         return ascent(workshop.plan, aims=workshop.costs, trials=trials, original=score)
-    aims = [limit.cost for limit in workshop.limits]
-    choices = opening(workshop.plan, aims=aims, trials=trials, original=score)
-    return choices[slot] if slot < len(choices) else None
+    needs = {limit.cost: workshop.bound(limit.cost) for limit in workshop.limits}
+    combined = descent(workshop.plan, needs=needs, trials=trials, original=score)
+    if combined is not None:
+        return combined
+    done = {frozenset(trial.procedures) for trial in trials}
+    singles = alone(workshop.plan, aims=list(needs), trials=trials, original=score)
+    return next((c for c in singles if frozenset(key for key, _ in c.procedures.values()) not in done), None)
 
 
 def _sampler(seed: int, slot: int, first: Choice | None, plan: Plan) -> optuna.samplers.BaseSampler:
@@ -241,7 +245,7 @@ def search(
                     time.sleep(0.5)
                     continue
                 break
-            first = _first_choice(workshop, slot, trial_records(study))
+            first = _first_choice(workshop, trial_records(study))
             study.sampler = _sampler(workshop.seed, slot, first, workshop.plan)
             trial = study.ask()
             trial.set_user_attr(storage.WORKER, storage.worker())
