@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchgraft.fit.contribution import contributions, gains
+from torchgraft.fit.contribution import contributions, gains, promise
 from torchgraft.fit.experience import Known, gain, known, price
 from torchgraft.fit.pareto import hypervolume
 from torchgraft.report.records import Applied, Candidate, CostRecord, Interval, Trial
@@ -42,6 +42,13 @@ def test_gains_have_their_origin_where_a_model_is_worth_nothing() -> None:
     assert gains(-2.0, [0.25], -2.0) == (1.0, 2.0)
     assert gains(0.0, [2.0], 0.8)[0] == 0.0
     assert gains(0.8, [2.0], 0.8)[1] == -1.0
+
+
+def test_a_trial_promises_what_recovery_will_mend() -> None:
+    # A fall of 0.1 leaves 0.015, of a tenth that may be lost: 0.85 are kept.
+    assert promise(0.9, [0.25], 1.0) == pytest.approx((0.85, 2.0))
+    assert promise(1.1, [0.5], 1.0) == gains(1.1, [0.5], 1.0)  # what has gained keeps its gain
+    assert promise(-2.2, [0.5], -2.0) == pytest.approx((0.85, 1.0))
 
 
 def _cost(ratio: float) -> CostRecord:

@@ -68,9 +68,9 @@ class _Trial:
 def test_deep_cuts_that_recovery_can_mend_are_recovered_too() -> None:
     shop: Workshop = _Shop()  # type: ignore[assignment]
     mild, twin, deep = _Trial(1.0, 0.5), _Trial(0.99, 0.5), _Trial(0.9, 0.25)
-    # By hand, the fall counted at 0.3 of itself and a tenth lost as nothing kept: 1 x 1, 0.97 x 1, 0.7 x 2 halvings.
+    # By hand, 0.15 of a fall is left and a tenth lost is nothing kept: 1 x 1, 0.985 x 1, 0.85 x 2 halvings.
     assert _worth_recovering(shop, [mild, twin, deep], 1) == [deep]  # type: ignore[list-item,comparison-overlap]
-    # Beside it mild adds 0.3 x 1, its twin only 0.27.
+    # Beside it mild adds 0.15 x 1, its twin less.
     assert _worth_recovering(shop, [twin, mild, deep], 2) == [deep, mild]  # type: ignore[list-item,comparison-overlap]
 
 

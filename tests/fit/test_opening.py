@@ -59,8 +59,8 @@ def test_what_holds_its_score_is_taken_further_and_what_does_not_is_left() -> No
     further = ascent(PLAN, aims=COSTS, trials=[held])
     assert further is not None
     assert further.procedures["width"] == ("taylor-pruning", RUNGS[1])
-    # By hand: 1 bit x 2.32 bits are held; a fall of 0.06 leaves exp(-2) of 1.5 x 3, less than before.
-    lost = trial(1, both | {"taylor-pruning": RUNGS[1]}, 0.94, 2**-1.5, 2**-3.0)
+    # By hand: 1 x 2.32 halvings are held; of a fall of 0.5 recovery leaves 0.075, a quarter of 1.5 x 3, which is less.
+    lost = trial(1, both | {"taylor-pruning": RUNGS[1]}, 0.5, 2**-1.5, 2**-3.0)
     other = ascent(PLAN, aims=COSTS, trials=[held, lost])
     assert other is not None
     assert len(other.procedures) == 1

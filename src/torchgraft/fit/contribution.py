@@ -9,10 +9,12 @@ from torchgraft.catalogue import registry
 from torchgraft.fit.pareto import hypervolume
 from torchgraft.report.records import Candidate, Contribution, Trial
 
-__all__ = ["contributions", "gains"]
+__all__ = ["contributions", "gains", "promise"]
 
 #: The share of the original's score, in size, that may be lost before a model is worth nothing here.
 SPAN = 0.1
+#: What recovery at length leaves of a fall, about.
+LEFT = 0.15
 
 
 def gains(validation: float, ratios: Sequence[float], original: float) -> tuple[float, ...]:
@@ -33,6 +35,21 @@ def gains(validation: float, ratios: Sequence[float], original: float) -> tuple[
     span = SPAN * max(abs(original), 1e-9)
     kept = 1.0 + (validation - original) / span
     return (max(kept, 0.0), *(math.log2(1.0 / ratio) if ratio > 0 else 0.0 for ratio in ratios))
+
+
+def promise(validation: float, ratios: Sequence[float], original: float) -> tuple[float, ...]:
+    """Return what a trial may gain once it is recovered at length, which leaves about ``LEFT`` of what it has lost.
+
+    Args:
+        validation: the trial's score after its few steps of recovery.
+        ratios: its costs over the original's.
+        original: the original's score.
+
+    Example:
+        >>> [round(value, 3) for value in promise(0.8, [0.5], 1.0)]
+        [0.7, 1.0]
+    """
+    return gains(max(validation, original - LEFT * (original - validation)), ratios, original)
 
 
 def contributions(candidates: Sequence[Candidate], trials: Sequence[Trial], costs: Sequence[str]) -> list[Contribution]:

@@ -25,7 +25,7 @@ from torchgraft.engines import recipe
 from torchgraft.engines.surgery.edits import history
 from torchgraft.errors import BadInput
 from torchgraft.fit import storage
-from torchgraft.fit.contribution import gains
+from torchgraft.fit.contribution import gains, promise
 from torchgraft.fit.pareto import front, hypervolume
 from torchgraft.fit.plan import check_combination
 from torchgraft.fit.search import MEASURE_SECONDS, Effort, Progress, run_trial, slot_seed, trial_folder
@@ -38,9 +38,9 @@ __all__ = ["Finalist", "decide", "not_helped"]
 WIDEST = 10
 #: Timing rounds at a time, and the width of a ratio's interval that is narrow enough to stop adding them.
 ROUNDS, PRECISE = 20, 0.04
-#: What recovery at length leaves of a fall, about; the strengths of precision procedures by which recovered models end
-#: otherwise; the share of the recovery's time that this may take.
-LEFT, ENDINGS, ENDING_SHARE = 0.3, (0.8, 1.0), 0.15
+#: The strengths of precision procedures by which recovered models end otherwise, and the share of the recovery's time
+#: that this may take.
+ENDINGS, ENDING_SHARE = (0.8, 1.0), 0.15
 _logger = logging.getLogger("torchgraft")
 
 
@@ -98,15 +98,11 @@ def _worth_recovering(
 ) -> list[optuna.trial.FrozenTrial]:
     """Return the trials that together promise the most volume, one after the other, once they are recovered.
 
-    Recovery at length leaves about ``LEFT`` of what a trial has lost, so that a deep cut may be worth more than its
-    score after a few steps says.
+    A deep cut may be worth more than its score after a few steps says.
     """
     base = float(workshop.validation.mean())
-    hoped = []
-    for trial in ranked:
-        record = trial.user_attrs["record"]
-        score = max(record["validation"], base - LEFT * (base - record["validation"]))
-        hoped.append(gains(score, [record["ratios"][cost] for cost in workshop.costs], base))
+    records = [trial.user_attrs["record"] for trial in ranked]
+    hoped = [promise(r["validation"], [r["ratios"][cost] for cost in workshop.costs], base) for r in records]
     chosen: list[int] = []
     while len(chosen) < min(count, len(ranked)):
         held = [hoped[index] for index in chosen]

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from torchgraft.errors import BadInput
+from torchgraft.fit.contribution import promise
 from torchgraft.fit.experience import SHIPPED, Known, kept, known, price
 from torchgraft.fit.plan import Plan, check_combination
 from torchgraft.fit.workshop import Choice
@@ -67,12 +68,12 @@ def _halvings(facts: Sequence[Known], cost: str) -> float:
     return max(sum(fact.gain([cost]) / max(fact.kept, 1e-9) for fact in facts), LITTLE)
 
 
-def _combinations(plan: Plan, aims: Sequence[str]) -> list[Keys]:
-    """Return every allowed combination of the two cheapest procedures of each stage."""
+def _combinations(plan: Plan, aims: Sequence[str], *, endings: int) -> list[Keys]:
+    """Return every allowed combination of the two cheapest procedures of each stage, of ``endings`` for precision."""
     options = []
-    for members in plan.stages.values():
-        best = sorted(members, key=lambda key: price(key, members[key].expense, aims=aims))[:2]
-        options.append([None, *best])
+    for stage, members in plan.stages.items():
+        best = sorted(members, key=lambda key: price(key, members[key].expense, aims=aims))
+        options.append([None, *best[: endings if stage == "precision" else 2]])
     found = []
     for picked in itertools.product(*options):
         keys = tuple(key for key in picked if key is not None)
@@ -142,7 +143,7 @@ def descent(
         return None
     asked = {cost: max(-math.log2(max(ratio, 1e-9)), LITTLE) for cost, ratio in needs.items()}
     guessed, stretch = {}, {}
-    for keys in _combinations(plan, list(needs)):
+    for keys in _combinations(plan, list(needs), endings=2):
         facts = _facts(plan, keys)
         stretch[keys] = max(halvings / _halvings(facts, cost) for cost, halvings in asked.items())
         guessed[keys] = math.prod(max(fact.kept, 1e-3) for fact in facts) ** (stretch[keys] ** 2)
@@ -156,18 +157,22 @@ def descent(
     return _choice(plan, keys, min(max(REFERENCE * stretch[keys], LEAST), MOST), 1.0)
 
 
-def _volume(trial: Trial, original: float, aims: Sequence[str]) -> float:
-    """Return the volume that a finished trial holds: the score that is kept times the halvings of each cost."""
-    halvings = (max(-math.log2(max(trial.ratios.get(cost, 1.0), 1e-9)), LITTLE) for cost in aims)
-    return kept(trial, original) * math.prod(halvings)
+def _volume(trial: Trial, original: float, aims: Sequence[str]) -> tuple[float, float]:
+    """Return the volume that a trial promises to hold once it is recovered, and the share of the score in it."""
+    if trial.validation is None or trial.state == "failed":
+        return 0.0, 0.0
+    share, *halvings = promise(trial.validation, [trial.ratios.get(cost, 1.0) for cost in aims], original)
+    return share * math.prod(max(value, LITTLE) for value in halvings), share
 
 
 def ascent(plan: Plan, *, aims: Sequence[str], trials: Sequence[Trial] = (), original: float = 1.0) -> Choice | None:
     """Return the next choice without a budget, or ``None`` once the sampler has enough to go by.
 
-    A combination is worth the volume that a model would hold, the score that is kept times the halvings of each cost.
+    A combination is worth the volume that a model would hold once it is recovered: the share of the score that is kept
+    times the halvings of each cost.
     One that has been tried is expected to gain by the next of the strengths ``RUNGS`` in proportion, as long as the
-    last step up has gained. The most volume for the time is next.
+    last step up has gained. The most volume for the time is next. One precision procedure stands for all, since
+    recovered models end in the others too.
 
     Args:
         plan: what may be done.
@@ -184,22 +189,23 @@ def ascent(plan: Plan, *, aims: Sequence[str], trials: Sequence[Trial] = (), ori
         return min([s for key, s in trial.procedures.items() if stages.get(key) != "precision"], default=1.0)
 
     guessed = {}
-    for keys in _combinations(plan, aims):
+    for keys in _combinations(plan, aims, endings=1):
         facts = _facts(plan, keys)
         guessed[keys] = math.prod(fact.kept for fact in facts) * math.prod(_halvings(facts, cost) for cost in aims)
     tried = _tried(plan, trials)
-    credit = _credit({k: _volume(t[0], original, aims) for k, t in tried.items() if k in guessed}, guessed)
+    credit = _credit({k: _volume(t[0], original, aims)[0] for k, t in tried.items() if k in guessed}, guessed)
     best: tuple[float, Keys, float] | None = None
     for keys, guess in guessed.items():
         strength, expected = RUNGS[0], _put_right(guess, keys, credit)
         members = sorted(tried.get(keys, []), key=rung)
         if members:
-            volumes = [_volume(trial, original, aims) for trial in members]
+            volumes = [_volume(trial, original, aims)[0] for trial in members]
             steps = [step for step in RUNGS if step > rung(members[-1]) + 1e-9]
             if not steps or volumes[-1] < max(volumes):
                 continue  # as far as it goes, or the last step up was one too many
             strength, further = steps[0], steps[0] / rung(members[-1])
-            expected = volumes[-1] * further ** len(aims) * kept(members[-1], original) ** (further**2 - 1.0)
+            share = _volume(members[-1], original, aims)[1]
+            expected = volumes[-1] * further ** len(aims) * share ** (further**2 - 1.0)
         value = expected / _seconds(plan, keys)
         if best is None or value > best[0]:
             best = (value, keys, strength)

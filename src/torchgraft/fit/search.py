@@ -196,7 +196,8 @@ def run_trial(
     first = max(effort.steps // 4, 1) if effort.steps else 0
     workshop.recover(made.model, steps=first, seed=seed)
     rung = float(workshop.score(workshop.finish(made.model, made.strengths, seed)).mean())
-    if effort.steps and len(rungs) >= QUORUM and rung < statistics.median(rungs):
+    # Without a budget the deepest cuts score least at first, and may be worth most.
+    if workshop.limits and effort.steps and len(rungs) >= QUORUM and rung < statistics.median(rungs):
         return record("stopped early", rung, "below the median of the others after a quarter of the recovery"), rung
     workshop.recover(made.model, steps=effort.steps - first, seed=seed + 1)
     score = float(workshop.score(workshop.finish(made.model, made.strengths, seed)).mean())
