@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from torchgraft import fold
 from torchgraft.bench.models import ByteTransformer, VisionTransformer
-from torchgraft.engines.normalize.fold import channel_affine, fold_affine, following
+from torchgraft.engines.normalize.fold import channel_affine, fold_affine, following, plan_folds
 from torchgraft.errors import BadInput
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
@@ -195,17 +195,99 @@ def test_transformers_lose_their_gains(build: Callable[[], nn.Module], x: Tensor
     torch.testing.assert_close(folded(x).detach(), before, rtol=0, atol=1e-11)  # with gradients, off the fused path
 
 
-def test_hugging_faces_vit() -> None:
-    from transformers import ViTConfig, ViTModel
+class _Between(nn.Module):
+    """A norm, something that happens to its output, and a linear layer."""
 
-    sizes: Any = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    model = _settled(ViTModel(ViTConfig(image_size=8, patch_size=4, num_channels=1, **sizes)))
-    x = torch.randn(2, 1, 8, 8).double()
-    with torch.no_grad():
-        before = model(x).last_hidden_state
+    def __init__(self, act: Callable[[Tensor], Tensor], inputs: int = 4) -> None:
+        super().__init__()
+        self.norm, self.fc, self.act = nn.LayerNorm(4), nn.Linear(inputs, 3), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(self.act(self.norm(x)))
+        return y
+
+
+KEPT: dict[str, Callable[[Tensor], Tensor]] = {
+    "first token": lambda x: x[:, 0],
+    "tokens": lambda x: x[:, 1:3],
+    "chosen tokens": lambda x: x[:, torch.tensor([2, 0])],
+    "one token each": lambda x: x[torch.arange(2), torch.tensor([1, 3])],
+    "mean of tokens": lambda x: x.mean(1),
+    "flat": lambda x: x.reshape(-1, 4),
+    "heads of all channels": lambda x: x.view(2, 1, 4, 4),
+    "axes in front": lambda x: x.transpose(0, 1)[None].permute(2, 1, 0, 3),
+}
+LOST: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "other axes": (lambda x: x.transpose(1, 2), 4),
+    "turned": (lambda x: x.permute(0, 2, 1), 4),
+    "two channels": (lambda x: x[..., 1:3], 2),
+    "all tokens in one": (lambda x: x.flatten(1), 16),
+    "other order": (lambda x: x[..., torch.tensor([3, 2, 1, 0])], 4),
+    "picked in other order": (lambda x: x.index_select(-1, torch.tensor([1, 0, 3, 2])), 4),
+    "mean of channels": (lambda x: x.mean(-1), 4),
+    "sum of tokens": (lambda x: x.sum(1), 4),
+    "doubled": (lambda x: 2 * x, 4),
+    "activated": (torch.relu, 4),
+    "pushed": (lambda x: F.pad(x, (1, -1), mode="reflect"), 4),
+    "precise": (lambda x: x.float().double(), 4),
+}
+
+
+@pytest.mark.parametrize("case", [*KEPT, *LOST])
+def test_channels_are_followed_through_what_moves_tokens_only(case: str) -> None:
+    torch.manual_seed(0)
+    act, inputs = (KEPT[case], 4) if case in KEPT else LOST[case]
+    model = _settled(_Between(act, inputs))
+    x = torch.randn(2, 4, 4, dtype=torch.float64)
+    folded, before, after = _kept(model, x, x)
+    assert (folded.norm.weight is None) == (case in KEPT)
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-12)
+
+
+class _Peeks(nn.Module):
+    """Layers whose weight or bias is used outside of them, and a norm whose gain is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.fa, self.b, self.fb = nn.LayerNorm(4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)
+        self.c, self.fc, self.d, self.fd = nn.LayerNorm(4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.a(x) * self.fa.weight[0]
+        y = y + self.fb(self.b(x)) + self.fb.bias
+        y = y + F.linear(self.c(x), self.fc.weight)
+        return y + self.fd(self.d(x)) * self.d.weight
+
+
+def test_weights_that_are_used_elsewhere_stay() -> None:
+    torch.manual_seed(0)
+    model, x = _settled(_Peeks()), torch.randn(4, 4, dtype=torch.float64)
+    folded, before, after = _kept(model, x, x)
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-12)
+    reasons = {each.name: each.reason for each in plan_folds(model, x)}
+    assert not any(each.readers for each in plan_folds(model, x))
+    assert "select" in reasons["a"] or "mul" in reasons["a"]
+    assert reasons["d"] == "its parameters are read by another module"
+    assert all(getattr(folded, name).weight is not None for name in "abcd")
+
+
+def test_every_norm_is_accounted_for(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model, x = _settled(_Readers()), torch.randn(6, 4, dtype=torch.float64)
+    model.fd.register_forward_hook(lambda *_: None)
+    plan = {each.name: each for each in plan_folds(model, x)}
+    assert plan.keys() == {"a", "b", "c", "d", "e", "last"}
+    assert {name: set(each.readers) for name, each in plan.items() if each.readers} == {"a": {"q", "k"}, "e": {"fe"}}
+    assert "it is read by add" in plan["b"].reason
+    assert __file__ in plan["b"].reason, "the line that reads it is named"
+    assert plan["d"].reason == "its reader fd carries hooks"
+    assert plan["last"].reason == "the model gives its output"
+    assert "were not asked for" in plan_folds(model, x, affine=False)[0].reason
+    assert "without an example" in plan_folds(model)[0].reason
+    with caplog.at_level("INFO", logger="torchgraft"):
         fold(model, x)
-        torch.testing.assert_close(model(x).last_hidden_state, before, rtol=0, atol=1e-11)
-    assert sum(isinstance(m, nn.LayerNorm) and m.weight is None for m in model.modules()) == 4
+    told = [record.message for record in caplog.records if record.name == "torchgraft"]
+    assert told == [str(each) for each in plan.values()]
 
 
 class _Branching(nn.Module):

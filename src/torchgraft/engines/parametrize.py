@@ -192,11 +192,15 @@ def fold(layer_or_model: _Module, example: Inputs | None = None, *, affine: bool
     model computes in eval mode as it was. Parametrisations of other origin stay. Norms are folded only in a model that
     is in eval mode, and only where that is exact: a batch norm into the convolution or linear layer before it where
     :func:`norm_pairs` finds it safe, else into the linear layers and unpadded convolutions behind it where they are its
-    only readers. A layer norm or RMS norm whose readers are all linear layers stays, without gain and shift.
+    only readers. A layer norm or RMS norm whose readers are all linear layers stays, without gain and shift; in a model
+    with ``save_pretrained`` its gain becomes one and its shift zero, so that ``from_pretrained`` still fits. What
+    happens to every norm, and why, is told by :func:`torchgraft.engines.normalize.fold.plan_folds` beforehand, and to
+    the logger ``torchgraft``, at level INFO, as it is done.
 
     Args:
         layer_or_model: the module.
-        example: inputs on which the model can be traced, to find the norms that are not in an ``nn.Sequential``.
+        example: inputs on which the model can be traced, to find the norms that are not in an ``nn.Sequential``; a
+            Hugging Face model of token ids or pixels needs none.
         affine: whether gains and shifts of layer norms and RMS norms are folded.
 
     Example:
@@ -249,6 +253,8 @@ def norm_pairs(model: nn.Module, example: Inputs | None = None) -> list[tuple[st
         example: inputs of the model.
     """
     candidates = _Candidates(model)
+    if not any(isinstance(module, _NORMS) for module in candidates.names):
+        return []
     traced = None if example is None else _read_off_graph(model, example, candidates)
     if traced is not None:
         return traced

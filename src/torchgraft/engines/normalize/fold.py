@@ -4,31 +4,44 @@ Where every reader of a norm's output is a linear layer, or a convolution that d
 part y = a x + c goes into their weights: W' = W diag(a), b' = b + W c. A batch norm in eval mode is nothing else and
 becomes an identity; a layer norm or RMS norm keeps its statistics and loses its gain and shift. Who reads what is seen
 in a trace; a model that cannot be traced is folded only where norm and reader are neighbours in ``nn.Sequential``.
+
+In a model with ``save_pretrained`` gains become ones (zeros in Gemma, whose gain is 1 + weight) and shifts zeros, and
+their parameters stay: ``from_pretrained`` builds the model from its configuration, which can neither say that a norm
+has no weights nor that a layer has got a bias. Missing weights would be drawn anew and a new bias would be dropped, so
+a shift goes only into layers that have a bias. A trace shows one forward pass: what a model gives on demand only, such
+as ``output_hidden_states``, shows a folded final norm without its gain.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+import logging
 from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize as native
+from torch import Tensor, nn
 
 from torchgraft.bench.task import Inputs
-from torchgraft.engines.normalize.placement import leave_fast_path
+from torchgraft.engines.normalize.fold_readers import CONVS, Reading, places, read_norms, read_sequences
+from torchgraft.engines.normalize.hugging_face import gain_of, is_conv1d, own_example, reset_gain, saved_by_name
+from torchgraft.engines.normalize.placement import is_norm, leave_fast_path
 from torchgraft.engines.surgery.swap import replace_module
-from torchgraft.engines.surgery.trace import Traced, trace
 from torchgraft.errors import BadInput, Untraceable
 
-__all__ = ["ChannelAffine", "Folds", "channel_affine", "fold_affine", "fold_forward", "following"]
+__all__ = [
+    "ChannelAffine",
+    "Folds",
+    "NormFold",
+    "channel_affine",
+    "fold_affine",
+    "fold_forward",
+    "following",
+    "plan_folds",
+]
 
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_logger = logging.getLogger("torchgraft")
 _BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _TOKEN = (nn.LayerNorm, nn.RMSNorm)
-_PASSING = ("dropout", "alias", "clone", "contiguous", "detach")
 
 
 @runtime_checkable
@@ -47,6 +60,26 @@ class Folds(Protocol):
     def folded(self) -> nn.Module:
         """Return it; the module itself where there is none."""
         ...
+
+
+@dataclass(frozen=True)
+class NormFold:
+    """What folding does with one norm.
+
+    Args:
+        name: the norm, a dotted name.
+        readers: the layers that take it up; none where it is left alone.
+        reason: why it is left alone; empty where it is not.
+    """
+
+    name: str
+    readers: tuple[str, ...]
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: stays, {self.reason}" if self.reason else f"{self.name}: goes into {', '.join(self.readers)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -92,7 +125,8 @@ def _part(norm: nn.Module) -> _Part | None:
         bias = getattr(norm, "bias", None)
         shift = None if bias is None else bias.detach().double()
         return _Part(cast(Tensor, norm.weight).detach().double(), shift, last=True, rest=None)
-    return None
+    gain = None if type(norm) in (*_TOKEN, *_BATCH) else gain_of(norm)
+    return None if gain is None else _Part(*gain, last=True, rest=None)
 
 
 def _takes(layer: nn.Module, part: _Part, ndim: int | None) -> bool:
@@ -100,7 +134,9 @@ def _takes(layer: nn.Module, part: _Part, ndim: int | None) -> bool:
     if type(layer) is nn.Linear:
         on_last = part.last or ndim == 2
         return bool(on_last) and layer.in_features == part.scale.numel()
-    if type(layer) in _CONVS:
+    if is_conv1d(layer):
+        return bool(part.last or ndim == 2) and cast(Tensor, layer.weight).shape[0] == part.scale.numel()
+    if type(layer) in CONVS:
         conv = cast(nn.Conv2d, layer)
         bare = conv.padding_mode != "zeros" or conv.padding == "valid"
         bare = bare or (not isinstance(conv.padding, str) and not any(conv.padding))
@@ -116,7 +152,7 @@ def fold_affine(layer: nn.Module, scale: Tensor, shift: Tensor | None) -> nn.Mod
     """Let ``layer`` do what it did after ``scale * x + shift`` a channel, in place, and return it.
 
     Args:
-        layer: a linear layer, or a convolution that does not pad with zeros.
+        layer: a linear layer, transformers' ``Conv1D``, or a convolution that does not pad with zeros.
         scale: a factor an input channel, (C,).
         shift: a summand an input channel, or ``None``.
 
@@ -130,14 +166,17 @@ def fold_affine(layer: nn.Module, scale: Tensor, shift: Tensor | None) -> nn.Mod
     Raises:
         BadInput: the layer is another, or has other input channels.
     """
-    part = _Part(scale.double(), None if shift is None else shift.double(), type(layer) is nn.Linear or None, None)
+    linear = type(layer) is nn.Linear or is_conv1d(layer)
+    part = _Part(scale.double(), None if shift is None else shift.double(), linear or None, None)
     if not _takes(layer, part, None):
         raise BadInput(
             f"a linear layer, or a convolution that does not pad with zeros, of {scale.numel()} input channels is "
             f"needed, got {layer}"
         )
+    turned = is_conv1d(layer)  # its weight is (C_in, C_out)
     weight: Tensor = cast(Tensor, layer.weight).double()
-    groups = 1 if isinstance(layer, nn.Linear) else cast(int, layer.groups)
+    weight = weight.T if turned else weight
+    groups = 1 if linear else cast(int, layer.groups)
     blocks = weight.reshape(groups, -1, *weight.shape[1:])  # (G, C_out / G, C_in / G, ...)
     tail = [1] * (weight.ndim - 2)
     old = cast(nn.Parameter, layer.weight)
@@ -148,47 +187,9 @@ def fold_affine(layer: nn.Module, scale: Tensor, shift: Tensor | None) -> nn.Mod
         trains = old.requires_grad if bias is None else bias.requires_grad
         layer.bias = nn.Parameter(total.to(old.dtype), requires_grad=trains)
     scaled = (blocks * part.scale.reshape(groups, 1, -1, *tail)).reshape(weight.shape)
+    scaled = scaled.T.contiguous() if turned else scaled
     layer.weight = nn.Parameter(scaled.to(old.dtype), requires_grad=old.requires_grad)
     return layer
-
-
-def _single(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that stand at one place, share no tensor, and carry neither hooks nor parametrisations."""
-    places: dict[nn.Module, list[str]] = {}
-    owners: dict[int, int] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        places.setdefault(module, []).append(name)
-    for module in places:
-        for value in (*module._parameters.values(), *module._buffers.values()):
-            owners[id(value)] = owners.get(id(value), 0) + 1
-    return {
-        names[0]: module
-        for module, names in places.items()
-        if len(names) == 1
-        and names[0]
-        and not (module._forward_hooks or module._forward_pre_hooks or native.is_parametrized(module))
-        and all(
-            value is None or owners[id(value)] == 1
-            for value in (*module._parameters.values(), *module._buffers.values())
-        )
-    }
-
-
-def _inside(node: fx.Node) -> list[str]:
-    """Return the names of the modules that were running when ``node`` was made, as often as they were called."""
-    return [str(entry[0]) for entry in (node.meta.get("nn_module_stack") or {}).values()]
-
-
-def _readers(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Yield what reads ``node`` and as what, seen through operations that change no number."""
-    for user in node.users:
-        name = str(user.target).split(".")[1] if "." in str(user.target) else ""
-        idle = name in _PASSING and (name != "dropout" or user.args[2] is False)
-        copied = name == "pad" and len(user.args) > 2 and user.args[2] in ("reflect", "replicate", "circular")
-        if idle or copied:
-            yield from _readers(user)
-        else:
-            yield user, node
 
 
 def following(model: nn.Module, example: Inputs) -> dict[str, list[tuple[str, int]]]:
@@ -201,59 +202,60 @@ def following(model: nn.Module, example: Inputs) -> dict[str, list[tuple[str, in
     Raises:
         Untraceable: the model cannot be traced.
     """
-    traced = trace(model, example)
-    single = _single(model)
-    calls: dict[str, set[str]] = {}
-    for node in traced.graph.nodes:
-        for name in _inside(node):
-            calls.setdefault(name.partition("@")[0], set()).add(name)
-    layers = _layers(traced, single)
-    found: dict[str, list[tuple[str, int]]] = {}
-    for name, module in single.items():
-        if _part(module) is None or len(calls.get(name, ())) != 1:
-            continue
-        within = [node for node in traced.graph.nodes if name in _inside(node)]
-        given = [node for node in within if any(name not in _inside(user) for user in node.users)]
-        if len(given) != 1 or given[0].meta.get("val") is None:
-            continue
-        readers = list(_readers(given[0]))
-        names = [layers.get(reader) for reader, source in readers if reader.args and reader.args[0] is source]
-        if readers and len(names) == len(readers) and all(each is not None for each in names):
-            ndim = given[0].meta["val"].ndim
-            found[name] = [(cast(str, each), ndim) for each in names]
-    return found
+    parts = {name: part for name, module in places(model)[0].items() if (part := _part(module)) is not None}
+    found = read_norms(model, example, {name: bool(part.last) for name, part in parts.items()})
+    return {name: list(reading.readers) for name, reading in found.items() if not reading.reason}
 
 
-def _layers(traced: Traced, single: dict[str, nn.Module]) -> dict[fx.Node, str]:
-    """Return the operations that are one call of a linear layer or convolution, with its name."""
-    found: dict[fx.Node, str] = {}
-    for node in traced.graph.nodes:
-        if node.op != "placeholder" or node.name not in traced.tensors or len(node.users) != 1:
-            continue
-        home, _, leaf = traced.tensors[node.name].rpartition(".")
-        (user,) = node.users
-        if leaf == "weight" and type(single.get(home)) in (nn.Linear, *_CONVS) and user.args[1] is node:
-            found[user] = home
-    return found
+def plan_folds(model: nn.Module, example: Inputs | None = None, *, affine: bool = True) -> list[NormFold]:
+    """Return for every norm of ``model`` into which layers it can be folded, or why it is left alone.
 
+    Args:
+        model: a model in eval mode; left as it is.
+        example: inputs on which it can be traced; by default those that a Hugging Face model's configuration describes.
+        affine: whether gains and shifts of layer norms and RMS norms are folded too.
 
-def _neighbours(model: nn.Module) -> dict[str, list[tuple[str, int]]]:
-    """Return norms and the layers behind them in ``nn.Sequential``, where the types alone say that they fit."""
+    Example:
+        >>> model = nn.Sequential(nn.LayerNorm(2), nn.Linear(2, 2), nn.LayerNorm(2)).eval()
+        >>> for each in plan_folds(model, torch.zeros(1, 2)):
+        ...     print(each)
+        0: goes into 1
+        2: stays, the model gives its output
+    """
+    example = own_example(model) if example is None else example
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if name and (is_norm(module) or isinstance(module, nn.modules.batchnorm._BatchNorm | ChannelAffine))
+    }
+    parts = {name: part for name, module in norms.items() if (part := _part(module)) is not None}
+    traced, why = None, "without an example only neighbours in nn.Sequential are known to be readers"
+    if example is not None:
+        try:
+            traced = read_norms(model, example, {name: bool(part.last) for name, part in parts.items()})
+        except Untraceable as error:
+            why = str(error)
+    readings = read_sequences(model) if traced is None else traced
 
-    def ordered(module: nn.Module) -> Iterator[nn.Module]:
-        if type(module).forward is nn.Sequential.forward and not (module._forward_hooks or module._forward_pre_hooks):
-            for child in module._modules.values():
-                if child is not None:
-                    yield from ordered(child)
-        else:
-            yield module
+    def plan(name: str, module: nn.Module) -> NormFold:
+        part = parts.get(name)
+        if part is None:
+            return NormFold(name, (), f"nothing of a {type(module).__name__} can be taken out")
+        if part.rest is None and not affine:
+            return NormFold(name, (), "gains and shifts were not asked for")
+        reading = readings.get(name, Reading(reason=why))
+        if reading.reason:
+            return NormFold(name, (), reading.reason)
+        saved = part.rest is None and saved_by_name(model, name)
+        for reader, ndim in reading.readers:
+            layer = model.get_submodule(reader)
+            if not _takes(layer, part, ndim):
+                return NormFold(name, (), f"its reader {reader}, a {type(layer).__name__}, cannot take it up exactly")
+            if saved and getattr(layer, "bias", None) is None and part.shift is not None and bool(part.shift.any()):
+                return NormFold(name, (), f"its reader {reader} has no bias, and from_pretrained would not make one")
+        return NormFold(name, tuple(reader for reader, _ in reading.readers), "")
 
-    single = {module: name for name, module in _single(model).items()}
-    found: dict[str, list[tuple[str, int]]] = {}
-    for norm, layer in itertools.pairwise(ordered(model)):
-        if norm in single and layer in single:
-            found[single[norm]] = [(single[layer], 0)]  # no number of axes: what depends on it does not fit
-    return found
+    return [plan(name, module) for name, module in norms.items()]
 
 
 def fold_forward(model: nn.Module, example: Inputs | None = None, *, affine: bool = True) -> nn.Module:
@@ -265,27 +267,25 @@ def fold_forward(model: nn.Module, example: Inputs | None = None, *, affine: boo
         affine: whether gains and shifts of layer norms and RMS norms are folded too.
     """
     for name, module in list(model.named_modules()):
-        if name and isinstance(module, Folds) and name in _single(model):
+        if name and isinstance(module, Folds) and name in places(model)[0]:
             replace_module(model, name, module.folded())
-    try:
-        readers = _neighbours(model) if example is None else following(model, example)
-    except Untraceable:
-        readers = _neighbours(model)
-    for name, layers in readers.items():
-        norm = model.get_submodule(name)
-        part = _part(norm)
-        if part is None or (part.rest is None and not affine):
+    for fold in plan_folds(model, example, affine=affine):
+        _logger.info("%s", fold)
+        norm = model.get_submodule(fold.name)
+        part = _part(norm) if fold.readers else None
+        if part is None:
             continue
-        if not all(_takes(model.get_submodule(layer), part, ndim) for layer, ndim in layers):
-            continue
-        for layer, _ in layers:
+        for layer in fold.readers:
             fold_affine(model.get_submodule(layer), part.scale, part.shift)
         if part.rest is not None:
-            replace_module(model, name, part.rest)
-        else:
+            replace_module(model, fold.name, part.rest)
+            continue
+        if type(norm) in _TOKEN and not saved_by_name(model, fold.name):
             norm.weight = None  # type: ignore[assignment]  # as torch's own norms without an affine part
             if hasattr(norm, "bias"):
                 norm.bias = None  # type: ignore[assignment]
             cast(Any, norm).elementwise_affine = False
-            leave_fast_path(model.get_submodule(name.rpartition(".")[0]))
+        else:
+            reset_gain(norm)
+        leave_fast_path(model.get_submodule(fold.name.rpartition(".")[0]))
     return model
