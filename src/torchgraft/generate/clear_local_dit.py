@@ -5,9 +5,10 @@ Tan and Wang, 2024): image token i attends to all text and to image tokens j wit
 by the same softmax and the same weights; then L = |v_s - v|^2 + a |v_s - v_t|^2 + b mean_l |A_l^s - A_l^t|^2 for the
 attention layers alone, where A_l is what layer l puts out.
 
-Departures: coarse keys are averages of rotated keys; the paper's text and the main script of its code were at hand, the
-code of its attention was not. Gathered indices instead of a block-sparse kernel. No diffusers models: modules are taken
-as attentions if they have ``query``, ``key``, ``value``, ``out`` and ``num_heads``.
+Departures: gathered indices instead of a block-sparse kernel; scores of larger images are scaled by image tokens alone,
+where its code counts text too and, with coarse keys, ten times all. That coarse keys are sums of keys already rotated,
+and that text does not see them, is as in its code. Modules are taken as attentions if they have ``query``, ``key``,
+``value``, ``out`` and ``num_heads``; those of diffusers get a processor of :mod:`torchgraft.generate.clear_diffusers`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,15 @@ from torchgraft.engines.surgery.swap import Where, swap
 from torchgraft.engines.taps import record
 from torchgraft.errors import BadInput
 
-__all__ = ["CARD", "DiscAttention", "clear_linearize", "distill_attention", "distillation_terms"]
+__all__ = [
+    "CARD",
+    "DiscAttention",
+    "checked_discs",
+    "clear_linearize",
+    "distill_attention",
+    "distillation_terms",
+    "mix_discs",
+]
 
 CARD = Card(
     key="clear-local-dit",
@@ -51,6 +60,7 @@ CARD = Card(
         "radius 8 sees 193 tokens, and the derivative by tokens outside the disc is exactly zero",
         "by strips with halos image tokens get the numbers of one piece",
         "both terms of the distillation are zero where student and teacher are equal, and attention weights alone move",
+        "as a processor of diffusers' attentions it is their joint attention where the radius covers the image",
     ),
     claim=Claim(
         text="A flow-matching transformer on 8x8 digits, a token a pixel (64 tokens, three blocks of width 48): discs "
@@ -70,6 +80,62 @@ CARD = Card(
 )
 
 _PARTS = ("query", "key", "value", "out", "num_heads")
+
+
+def checked_discs(
+    grid: int | tuple[int, int], *, radius: float, down: int, text_len: int, train_tokens: int | None, strips: int
+) -> tuple[int, int]:
+    """Return rows and tokens a row of ``grid``.
+
+    Raises:
+        BadInput: a setting of :class:`DiscAttention` is out of range.
+    """
+    sides = (grid, grid) if isinstance(grid, int) else grid
+    if not 0 < radius < math.inf or text_len < 0 or min(sides) < 1:
+        raise BadInput(f"radius and grid must be positive, text_len not negative, got {radius}, {grid}, {text_len}")
+    if down < 1 or sides[0] % down or sides[1] % down:
+        raise BadInput(f"down must divide both sides of the grid {sides}, got {down}")
+    if train_tokens is not None and train_tokens < 2:
+        raise BadInput(f"train_tokens must be at least 2, got {train_tokens}")
+    if not 1 <= strips <= sides[0]:
+        raise BadInput(f"strips must lie in 1 to {sides[0]}, the rows of the grid, got {strips}")
+    return sides
+
+
+def _coarse(x: Tensor, spatial: Tensor, grid: tuple[int, int], text: int) -> Tensor:
+    """Return sums over patches of the image, (B, text + h w, H, K), (down^2,) -> (B, h w / down^2, H, K)."""
+    down = math.isqrt(len(spatial))
+    image = torch.unflatten(x[:, text:], 1, (grid[0] // down, down, grid[1] // down, down))
+    patches = image.transpose(2, 3).flatten(3, 4)  # (B, rows, columns, down^2, H, K)
+    return torch.einsum("byxphk,p->byxhk", patches, spatial.to(x.dtype)).flatten(1, 2)
+
+
+def mix_discs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    grid: tuple[int, int],
+    radius: float,
+    text: int = 0,
+    spatial: Tensor | None = None,
+    train_tokens: int | None = None,
+    strips: int = 1,
+) -> Tensor:
+    """Return what queries mix from text and discs, (B, text + h w, H, K) -> (B, text + h w, H, V).
+
+    Args:
+        q, k, v: of text tokens first, then of the image row by row; positions are in them already.
+        grid, radius, train_tokens, strips: as for :class:`DiscAttention`.
+        text: tokens in front that are text.
+        spatial: weights of the patches whose sums all image tokens see besides, (down^2,).
+    """
+    scale = None
+    if train_tokens is not None:
+        scale = math.sqrt(math.log(grid[0] * grid[1]) / math.log(train_tokens) / q.shape[-1])
+    coarse = None if spatial is None else (_coarse(k, spatial, grid, text), _coarse(v, spatial, grid, text))
+    mix = local_attention if strips == 1 else partial(strip_attention, parts=strips)
+    return mix(q, k, v, grid=grid, radius=radius, text=text, coarse=coarse, scale=scale)
 
 
 class DiscAttention(nn.Module):
@@ -110,18 +176,12 @@ class DiscAttention(nn.Module):
         strips: int = 1,
     ) -> None:
         super().__init__()
-        sides = (grid, grid) if isinstance(grid, int) else grid
         if d_model < 1:
             raise BadInput(f"d_model must be at least 1, got {d_model}")
         head_size(d_model, num_heads)
-        if not 0 < radius < math.inf or text_len < 0 or min(sides) < 1:
-            raise BadInput(f"radius and grid must be positive, text_len not negative, got {radius}, {grid}, {text_len}")
-        if down < 1 or sides[0] % down or sides[1] % down:
-            raise BadInput(f"down must divide both sides of the grid {sides}, got {down}")
-        if train_tokens is not None and train_tokens < 2:
-            raise BadInput(f"train_tokens must be at least 2, got {train_tokens}")
-        if not 1 <= strips <= sides[0]:
-            raise BadInput(f"strips must lie in 1 to {sides[0]}, the rows of the grid, got {strips}")
+        sides = checked_discs(
+            grid, radius=radius, down=down, text_len=text_len, train_tokens=train_tokens, strips=strips
+        )
         self.query, self.key, self.value, self.out = (nn.Linear(d_model, d_model) for _ in range(4))
         self.place: nn.Module | None = None
         self.d_model, self.num_heads, self.grid, self.radius, self.down = d_model, num_heads, sides, radius, down
@@ -141,13 +201,6 @@ class DiscAttention(nn.Module):
         self.place = getattr(old, "place", None)
         return self.to(self.query.weight)
 
-    def coarse(self, x: Tensor, spatial: Tensor) -> Tensor:
-        """Return sums over patches of the image, (B, text + h w, H, K), (down^2,) -> (B, h w / down^2, H, K)."""
-        rows, columns = self.grid[0] // self.down, self.grid[1] // self.down
-        image = torch.unflatten(x[:, self.text_len :], 1, (rows, self.down, columns, self.down))
-        patches = image.transpose(2, 3).flatten(3, 4)  # (B, rows, columns, down^2, H, K)
-        return torch.einsum("byxphk,p->byxhk", patches, spatial.to(x.dtype)).flatten(1, 2)
-
     def forward(self, x: Tensor) -> Tensor:
         """Mix text and image tokens."""
         tokens = self.grid[0] * self.grid[1]
@@ -158,12 +211,17 @@ class DiscAttention(nn.Module):
         q, k, v = (split_heads(part(x), self.num_heads) for part in (self.query, self.key, self.value))
         if self.place is not None:
             q, k = self.place(q), self.place(k)
-        scale = None
-        if self.train_tokens is not None:
-            scale = math.sqrt(math.log(tokens) / math.log(self.train_tokens) / q.shape[-1])
-        coarse = None if self.spatial is None else (self.coarse(k, self.spatial), self.coarse(v, self.spatial))
-        mix = local_attention if self.strips == 1 else partial(strip_attention, parts=self.strips)
-        mixed = mix(q, k, v, grid=self.grid, radius=self.radius, text=self.text_len, coarse=coarse, scale=scale)
+        mixed = mix_discs(
+            q,
+            k,
+            v,
+            grid=self.grid,
+            radius=self.radius,
+            text=self.text_len,
+            spatial=self.spatial,
+            train_tokens=self.train_tokens,
+            strips=self.strips,
+        )
         y: Tensor = self.out(merge_heads(mixed))
         return y
 
