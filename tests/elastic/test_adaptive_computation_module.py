@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,10 +15,13 @@ from torchgraft.elastic.adaptive_computation_module import (
     AcmModel,
     AdaptiveComputationModules,
     acmize,
+    budget_shares,
     calibrate_acm,
     distill_acm,
     finetune_acm,
     gate_labels,
+    mean_cost,
+    spread_losses,
     train_gates,
 )
 from torchgraft.engines.learners import start_from_layers, watch
@@ -179,6 +184,50 @@ def test_budgets_are_what_is_counted_and_near_what_was_wanted() -> None:
         assert counted == pytest.approx(budget * full, rel=1e-6)
         assert counted == rest + sum(acm.spent for acm in elastic.acms.values())
         assert (counted - rest - least) / (most - least) == pytest.approx(wanted, abs=0.05)
+
+
+def test_the_cost_of_the_third_stage_is_weighted_by_what_a_layer_multiplies() -> None:
+    shares = torch.tensor([[[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]]])
+    # Loads of 0.5 and 1 in the first layer, of 0 and 0.25 in the second.
+    assert float(mean_cost(shares, torch.tensor([1.0, 3.0]))) == pytest.approx(0.25 * 0.75 + 0.75 * 0.125)
+
+
+def test_the_third_stage_wants_choices_that_differ_by_token_and_by_sample() -> None:
+    shares = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 0.5, 0.5]], [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]], dtype=torch.float64)
+    entropy, apart = spread_losses(shares)
+    # One of the four choices is split in two; the samples' loads are (0 + 1) / 2 / 2 and (1.5 + 2) / 2 / 2.
+    assert float(entropy) == pytest.approx(-math.log(2) / math.log(3) / 4, abs=1e-7)
+    assert float(apart) == pytest.approx(-2 * (0.875 - 0.25) * 2 / 4)
+    even = torch.full((1, 2, 3), 1 / 3)
+    assert [round(float(part), 6) for part in spread_losses(even)] == [-1.0, 0.0]
+
+
+def test_the_third_stage_and_the_prices_mean_the_same_by_a_budget() -> None:
+    task, elastic, x = made(wanted=(0.1, 0.5))
+    start_from_layers(elastic, x)
+    train_gates(elastic, task, steps=20, tau=None)
+    calibrate_acm(elastic, x)
+    prices = [place.prices.clone() for place in elastic.places.values()]
+    targets = budget_shares(elastic, x)
+    assert all(torch.equal(a, place.prices) for a, place in zip(prices, elastic.places.values(), strict=True))
+    everything = 100 * sum(acm.learners * acm.learner_macs for acm in elastic.acms.values())
+    for level, target in enumerate(targets):
+        elastic.select(level)
+        elastic(x)
+        assert sum(acm.spent for acm in elastic.acms.values()) / everything == pytest.approx(target, abs=0.04)
+    # Linear layers keep a learner, so a tenth of what can be saved costs more than a tenth of everything.
+    assert targets[0] > 0.1 + 0.03
+    elastic.set_budget(1.0)
+    finetune_acm(elastic, task, steps=40, level=0, lr=1e-2, cost_weight=20.0, entropy_weight=0.0, diversity_weight=0.0)
+    elastic.select(0)
+    torch.manual_seed(0)
+    for acm in elastic.acms.values():
+        acm.training = True
+    elastic(x)
+    samples = [acm.sample for acm in elastic.acms.values() if acm.sample is not None]
+    shares = [sample.unflatten(0, (20, -1)).mean(1) for sample in samples]
+    weight = torch.tensor([5.0 * acm.learner_macs for acm in elastic.acms.values()])
+    assert float(mean_cost(torch.stack(shares), weight).detach()) == pytest.approx(targets[0], abs=0.015)
 
 
 @pytest.mark.parametrize("bad", [{"learners": 0}, {"wanted": (0.5, 0.2)}, {"wanted": (1.0,)}, {"samples": 0}])

@@ -101,6 +101,19 @@ def test_the_loss_by_hand() -> None:
     assert torch.allclose(exit_loss(logits, target), 0.5 * (each[0] + each[1]) + each[2] + each[3] + 0.5 * apart)
 
 
+def test_the_last_exit_is_taught_by_the_labels_alone() -> None:
+    logits = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([0, 3, 2])
+    (found,) = torch.autograd.grad(exit_loss(logits, target, distill=5.0, temperature=2.0), logits)
+    one_hot = F.one_hot(target, 5)
+    wanted = (logits.detach()[:, 3].softmax(-1) - one_hot) / 3
+    assert torch.allclose(found[:, 3], wanted, atol=1e-12)
+    # Of an earlier exit: its own cross-entropy, and T^2 KL to the last, whose gradient is T (q - p) / N.
+    apart = (logits.detach()[:, 0] / 2).softmax(-1) - (logits.detach()[:, 3] / 2).softmax(-1)
+    wanted = 0.5 * (logits.detach()[:, 0].softmax(-1) - one_hot) / 3 + 5.0 * 2.0 * apart / 3
+    assert torch.allclose(found[:, 0], wanted, atol=1e-12)
+
+
 def test_other_stages_can_be_given() -> None:
     torch.manual_seed(0)
     widths = (4, 6, 6, 10)

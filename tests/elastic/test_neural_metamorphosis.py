@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from torchgraft.bench.task import Task
+from torchgraft.bench.training import train
 from torchgraft.elastic.neural_metamorphosis import Field, NeuMeta, coordinates
 from torchgraft.errors import BadInput
 
@@ -125,6 +126,49 @@ def test_training_moves_the_functions_alone_and_leaves_widths_out() -> None:
         assert torch.equal(value, before[name]) is not name.startswith("fields"), name
     twin = copy.deepcopy(meta)
     assert torch.equal(twin.sample(6)[0].weight, meta.sample(6)[0].weight)
+
+
+def test_the_functions_that_are_kept_are_a_running_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    y = torch.randint(2, (5,), generator=torch.Generator().manual_seed(0))
+    task = Task(_family(8), (X, y), (X, y), (X, y), F.cross_entropy, lambda out, t: out[:, 0], batch_size=5)
+    seen: list[torch.Tensor] = []
+    meta = _meta()
+
+    def watched(*args: object, **settings: object) -> object:
+        follow = settings["on_step"]
+
+        def both(step: int, loss: float) -> None:
+            follow(step, loss)  # type: ignore[operator]
+            seen.append(meta.fields[0].last.weight.detach().clone())
+
+        return train(*args, **{**settings, "on_step": both})  # type: ignore[arg-type]
+
+    monkeypatch.setattr("torchgraft.elastic.neural_metamorphosis.train", watched)
+    meta.fit(task, steps=6, lr=1e-2, decay=0.5)
+    wanted = _meta().fields[0].last.weight.detach().clone()
+    for step, value in enumerate(seen, 1):
+        rate = min(0.5, step / (step + 10))
+        wanted = rate * wanted + (1 - rate) * value
+    assert torch.allclose(meta.fields[0].last.weight, wanted, atol=1e-6)
+    assert not torch.allclose(wanted, seen[-1], atol=1e-5)
+
+
+def test_training_draws_widths_and_moves_coordinates(monkeypatch: pytest.MonkeyPatch) -> None:
+    y = torch.randint(2, (5,), generator=torch.Generator().manual_seed(0))
+    task = Task(_family(8), (X, y), (X, y), (X, y), F.cross_entropy, lambda out, t: out[:, 0], batch_size=5)
+    meta = _meta(noise=0.7)
+    drawn: list[tuple[int, float]] = []
+    plain = NeuMeta.tensors
+
+    def watched(self: NeuMeta, width: int, *, noise: float = 0.0) -> dict[str, torch.Tensor]:
+        drawn.append((width, noise))
+        return plain(self, width, noise=noise)
+
+    monkeypatch.setattr(NeuMeta, "tensors", watched)
+    meta.fit(task, steps=30)
+    assert {width for width, noise in drawn if noise} == {4, 5, 6, 7, 8}
+    assert {noise for _, noise in drawn} == {0.0, 0.7}
+    assert {width for width, noise in drawn if not noise} == {8}  # the distance from the teacher has none
 
 
 def test_what_has_no_coordinates_is_refused() -> None:

@@ -45,6 +45,32 @@ def test_the_expected_gradient_is_that_of_the_expected_reward(baseline: float) -
     assert bool(wanted.any())
 
 
+def test_the_logits_by_hand() -> None:
+    made, x = policy(), states(2)
+    wanted = torch.stack([x[:, 0, layer] @ made.weight[layer] for layer in range(4)], 1)
+    assert torch.allclose(made(x)[:, 0], wanted, atol=1e-12)
+    with torch.no_grad():
+        fresh = LayerPolicy(6, num_layers=4).double()
+        assert torch.allclose(fresh(x), x.mean(-1), atol=1e-12)
+
+
+@pytest.mark.parametrize("baseline", ["ema", "critic"])
+def test_the_loss_by_hand(baseline: str) -> None:
+    made, x = policy(baseline=baseline), states(3)
+    layer, reward = torch.tensor([[0], [2], [3]]), torch.tensor([[0.5], [-1.0], [2.0]], dtype=torch.float64)
+    log_pi = made(x)[:, 0].log_softmax(-1)[torch.arange(3), layer[:, 0]].detach()
+    guess, squares = torch.zeros(3, dtype=torch.float64), 0.0
+    if made.critic is not None:
+        guess = made.critic(made(x)[:, 0].softmax(-1))[:, 0].detach()
+        squares = float((guess - reward[:, 0]).square().mean())
+    found = made.loss(x, layer, reward)
+    wanted = squares - float(((reward[:, 0] - guess) * log_pi).mean())
+    assert float(found.detach()) == pytest.approx(wanted, abs=1e-12)
+    if baseline == "ema":  # the first batch's mean is the baseline of the second one
+        again = -float(((reward[:, 0] - 0.5) * log_pi).mean())
+        assert float(made.loss(x, layer, reward).detach()) == pytest.approx(again, abs=1e-12)
+
+
 def test_layers_come_as_often_as_the_policy_says() -> None:
     made = policy()
     x = states().expand(20_000, -1, -1, -1)
@@ -63,6 +89,22 @@ def test_no_gradient_reaches_the_states(baseline: str) -> None:
     made.loss(x, layer, torch.arange(5.0, dtype=torch.float64)[:, None]).backward()
     assert x.grad is None
     assert all(value.grad is not None and bool(value.grad.any()) for value in made.parameters())
+
+
+def test_a_fresh_policy_learns_at_the_rate_of_the_weights_beside_it() -> None:
+    """Each step of Adam moves every weight by about its rate, so that logits move by the rate times the states' sum."""
+    torch.manual_seed(0)
+    made = LayerPolicy(32, num_layers=5)
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1)).expand(24, 1, 5, 32)
+    draw = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(made.parameters(), lr=3e-3)
+    for _ in range(100):
+        layer = made.sample(x, generator=draw)
+        loss = made.loss(x, layer, (layer == 2).float())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert float(made(x)[0, 0].detach().softmax(-1)[2]) > 0.9
 
 
 def test_the_policy_finds_the_rewarded_layer() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import chisquare
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -130,6 +131,25 @@ def test_training_moves_stitches_and_switching_is_an_index() -> None:
     assert family.config == 1
     with pytest.raises(BadInput, match="steps"):
         family.fit(task, steps=-1)
+
+
+def test_every_config_is_trained_as_often_as_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = SNNet([_net(4).float(), _net(6).float()], X[:2].float())
+    x, y = X.float(), torch.randint(2, (200,))
+    task = Task(family, (x, y), (x, y), (x, y), F.cross_entropy, lambda out, t: (out.argmax(1) == t).float())
+    drawn: list[int] = []
+    plain = Stitched.use
+
+    def watched(self: Stitched, config: int) -> Stitched:
+        drawn.append(config)
+        return plain(self, config)
+
+    monkeypatch.setattr(Stitched, "use", watched)
+    steps = 30 * len(family)
+    family.fit(task, steps=steps)
+    counts = torch.bincount(torch.tensor(drawn[:steps]), minlength=len(family))  # the anchors are configs too
+    assert len(counts) == len(family)
+    assert chisquare(counts.numpy()).pvalue > 0.001
 
 
 def test_images_are_stitched_along_their_channels() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from torchgraft.engines.recurrence.heads import merge_heads, split_heads
 from torchgraft.errors import BadInput
@@ -36,6 +37,33 @@ def test_with_all_tokens_as_landmarks_the_kernel_is_whole() -> None:
     fewer = SoftAttention(8, num_heads=2, landmarks=3, symmetric=False, project=False, ridge=0.0, kernel=0).to(DOUBLE)
     fewer.load_state_dict(mixer.state_dict())
     assert not torch.allclose(fewer(x), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_mixer_equals_its_equation_written_out(symmetric: bool) -> None:
+    torch.manual_seed(0)
+    mixer = SoftAttention(8, num_heads=2, landmarks=4, symmetric=symmetric, iterations=60).double()
+    x = torch.randn(2, 9, 8, dtype=DOUBLE, requires_grad=True)
+    q, v = mixer.q(x).view(2, 9, 2, 4), mixer.v(x).view(2, 9, 2, 4)
+    means = F.adaptive_avg_pool1d(q.flatten(2).mT, 4).mT.reshape(2, 4, 2, 4)
+    marks = F.gelu(F.layer_norm(means, (4,)))
+
+    def kernel(one: Tensor, other: Tensor) -> Tensor:  # exp(-|a - b|^2 / (2 sqrt(K))), (B, H, ., .)
+        return (-(one[:, :, None] - other[:, None]).square().sum(-1) / (2 * 4**0.5)).exp().permute(0, 3, 1, 2)
+
+    a, p = kernel(marks, marks), kernel(marks, q)
+    middle = torch.linalg.inv(a + 0.01 * torch.eye(4, dtype=DOUBLE))
+    if symmetric:
+        half = torch.diag_embed(a.sum(-1) ** -0.5)
+        middle = half @ middle @ half
+    mixed = (p.mT @ middle @ p @ v.transpose(1, 2)).transpose(1, 2).flatten(2)
+    assert mixer.local is not None
+    expected = mixer.out(mixed + mixer.local(v.flatten(2).mT).mT)
+    found = mixer(x)
+    assert torch.allclose(found, expected, atol=1e-10)
+    upstream = torch.randn_like(expected)
+    pairs = [torch.autograd.grad(y, (x, mixer.q.weight), upstream, retain_graph=True) for y in (found, expected)]
+    assert all(torch.allclose(one, other, atol=1e-9) for one, other in zip(*pairs, strict=True))
 
 
 def test_newton_squares_the_residual_and_ends_at_the_inverse() -> None:

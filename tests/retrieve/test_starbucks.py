@@ -49,6 +49,14 @@ def test_the_divergence_by_hand_and_the_same_twice() -> None:
     assert loss.layers == (1, 2, 4)
 
 
+def test_the_divergence_is_the_mean_over_both_sides() -> None:
+    a, b = _views(), _views(1)
+    loss = StarbucksLoss(lambda x, y: (x * y).sum() * 0, SIZES)
+    alone = StarbucksLoss(lambda x: x.sum() * 0, SIZES)
+    assert float(loss(a, b)) == pytest.approx((float(alone(a)) + float(alone(b))) / 2, abs=1e-12)
+    assert abs(float(alone(a)) - float(alone(b))) > 1e-3
+
+
 def test_the_teacher_is_detached_only_where_asked() -> None:
     for detach in (False, True):
         views = {layer: value.requires_grad_(True) for layer, value in _views().items()}

@@ -137,17 +137,41 @@ def test_stage_two_keeps_the_signs_of_stage_one() -> None:
     assert made.state_dict()["1.weight"].dtype == torch.uint8
 
 
-def test_activations_are_signs_with_the_polynomial_gradient_of_unit_spread() -> None:
-    a = (3 * torch.randn(50, dtype=torch.float64)).requires_grad_()
-    upstream = torch.randn(50, dtype=torch.float64)
+@pytest.mark.parametrize("shape", [(50,), (6, 20), (3, 4, 5, 2)])
+def test_activations_are_signs_with_the_polynomial_gradient_of_unit_spread(shape: tuple[int, ...]) -> None:
+    scale = 3.0 * torch.arange(1, shape[0] + 1).reshape(-1, *[1] * (len(shape) - 1)) if len(shape) > 1 else 3.0
+    a = (scale * torch.randn(shape, dtype=torch.float64)).requires_grad_()
+    upstream = torch.randn(shape, dtype=torch.float64)
     out = NormalisedSign()(a)
     assert torch.equal(out, sign(a))
     (out * upstream).sum().backward()
     b = a.detach().clone().requires_grad_()
-    u = b / b.std()
+    samples = [b] if len(shape) == 1 else list(b)
+    u = torch.stack([each / (each.var() + 1e-5).sqrt() for each in samples]).reshape(shape)
     expected = torch.autograd.grad(u, b, upstream * (2 - 2 * u.detach().abs()).clamp(min=0))[0]
     assert a.grad is not None
     assert torch.allclose(a.grad, expected)
+
+
+def test_a_samples_gradient_does_not_depend_on_its_batch() -> None:
+    for shape in ((2, 12), (2, 3, 4, 5)):
+        first = torch.randn(shape, dtype=torch.float64)
+        other = torch.cat([first[:1], 100 * first[1:]])
+        found = []
+        for batch in (first, other):
+            leaf = batch.clone().requires_grad_()
+            NormalisedSign()(leaf)[0].sum().backward()
+            assert leaf.grad is not None
+            found.append(leaf.grad[0])
+        assert torch.equal(*found)
+        assert bool(found[0].any())
+    single = torch.tensor([[0.25], [-0.75]], dtype=torch.float64).requires_grad_()
+    NormalisedSign()(single).sum().backward()
+    assert single.grad is not None
+    assert single.grad.flatten().tolist() == [1.5, 0.5]
+
+
+def test_with_binary_inputs_the_bits_say_the_same() -> None:
     model = binarize(net())
     x = torch.randn(4, 1, 8, 8)
     assert torch.equal(freeze(model)(x), model(x))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from torchgraft.bench.models import Attention, VisionTransformer
 from torchgraft.engines.binary import sign
-from torchgraft.engines.binary.elastic import BinaryProjection
+from torchgraft.engines.binary.elastic import BinaryProjection, ElasticSign, ElasticUnit, elastic_sign, elastic_unit
 from torchgraft.errors import BadInput
 from torchgraft.shrink.quantize.bipft_residual_attention import (
     BinaryAttention,
@@ -114,6 +114,48 @@ def test_scores_and_context_by_hand(causal: bool) -> None:
     assert torch.allclose(found, torch.cat(mixed, -1))
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_gradients_of_an_elastic_binariser_by_hand(signed: bool) -> None:
+    x = torch.tensor([-1.2, -0.3, 0.0, 0.1, 0.3, 0.5, 0.9], dtype=torch.float64, requires_grad=True)
+    alpha = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    upstream = torch.tensor([2.0, 3.0, 5.0, 7.0, 11.0, 13.0, 17.0], dtype=torch.float64)
+    out = elastic_sign(x, alpha) if signed else elastic_unit(x, alpha)
+    bits = [-1.0, -1.0, 1.0, 1.0, 1.0, 1.0, 1.0] if signed else [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0]
+    assert out.tolist() == [0.5 * bit for bit in bits]
+    to_x, to_alpha = torch.autograd.grad(out, (x, alpha), upstream)
+    if signed:  # |x / alpha| <= 1; the sign
+        assert to_x.tolist() == [0.0, 3.0, 5.0, 7.0, 11.0, 13.0, 0.0]
+        expected = -2 - 3 + 5 + 7 + 11 + 13 + 17.0
+    else:  # 0 <= x / alpha <= 1; round(x / alpha) - x / alpha inside, 0 below and 1 above
+        assert to_x.tolist() == [0.0, 0.0, 5.0, 7.0, 11.0, 13.0, 0.0]
+        expected = 7 * (0 - 0.2) + 11 * (1 - 0.6) + 13 * (1 - 1.0) + 17.0
+    assert to_alpha.item() == pytest.approx(expected / 7**0.5)
+
+
+def test_a_step_starts_at_twice_the_mean_magnitude_of_the_first_batch_in_training() -> None:
+    for made in (ElasticSign().double(), ElasticUnit().double()):
+        x = torch.rand(40, dtype=torch.float64)
+        made.eval()(x)
+        assert made.alpha.item() == 1.0
+        made.train()(x)
+        made(100 * x)
+        assert made.alpha.item() == pytest.approx(2 * x.abs().mean().item())
+
+
+def test_a_projection_has_two_weights_and_a_straight_gradient() -> None:
+    torch.manual_seed(0)
+    layer = BinaryProjection(6, 4, quantise=False).double()
+    with torch.no_grad():
+        layer.weight.add_(0.1)  # signs are those of W - mean W
+    x, upstream = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    w = layer.weight.detach()
+    expected = w.abs().mean() * sign(w - w.mean())
+    assert torch.allclose(layer.binary_weight().detach(), expected)
+    (layer(x) * upstream).sum().backward()
+    assert layer.weight.grad is not None
+    assert torch.allclose(layer.weight.grad, upstream.T @ x)  # that of the weight computed with, however large W is
+
+
 def test_a_mask_hides_keys_as_in_full_precision() -> None:
     made = attention(1)
     x, other = torch.randn(2, 5, 8, dtype=torch.float64), torch.randn(2, 5, 8, dtype=torch.float64)
@@ -167,9 +209,9 @@ def test_masked_language_modelling_hides_and_asks() -> None:
 
 
 def test_operations_by_hand() -> None:
-    found = bit_operations(64, 32, rank=1)
+    found = bit_operations(64, 32, num_heads=4, rank=1)
     assert found.binary == found.full == 32 * 12 * 64**2 + 2 * 32**2 * 64
-    assert found.floating == 5 * 32 * 64 + 4 * 32**2
+    assert found.floating == 5 * 32 * 64 + 3 * 32**2 + 4 * 32**2  # scores for all heads; values for each
     assert found.saving == pytest.approx(found.full / (found.floating + found.binary / 64))
     assert bit_operations(64, 32, rank=0).saving == 64
 

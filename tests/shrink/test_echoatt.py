@@ -229,6 +229,72 @@ def test_distillation_moves_the_student_towards_its_teacher_and_leaves_the_teach
     assert distill(student, teacher, task, stage1=5, stage2=5, deadline=0.0) == 0
 
 
+class Block(nn.Module):
+    """A layer x + a(x) that returns something beside its hidden states, as blocks of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Attention(8, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return x + self.attn(x), None
+
+
+class Labels(nn.Module):
+    """Tokens to logits through layers that return tensors or tuples; (B, T, 8) -> (B, T, 5)."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([kind() for _ in range(4)])
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            out = layer(x)
+            x = out[0] if isinstance(out, tuple) else x + out
+        y: Tensor = self.head(x)
+        return y
+
+
+@pytest.mark.parametrize("kind", [Block, lambda: Attention(8, 2)])
+def test_distillation_of_hidden_states_alone_reaches_blocks_of_every_form(kind: Any) -> None:
+    torch.manual_seed(0)
+    model = Labels(kind).double().eval()
+    x, y = X.repeat(4, 1, 1), torch.zeros(8, 7, dtype=torch.long)
+    task = Task(model, (x, y), (x, y), (x, y), _token_loss, lambda out, t: -out.flatten(1).sum(1), batch_size=4)
+    student = share_attention(model, k=2)
+    started = student.layers[2].attn.value.weight if kind is Block else student.layers[2].value.weight
+    before = started.detach().clone()
+    assert distill(student, model, task, stage1=2, stage2=0, weights=(0.0, 0.0, 1.0), lr=1e-3) == 2
+    assert not torch.equal(before, started)
+
+
+def _token_loss(output: Tensor, target: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(output.flatten(0, -2), target.flatten())
+
+
+def test_pseudo_labels_are_not_learned_where_no_loss_looks() -> None:
+    torch.manual_seed(0)
+    model = Labels(lambda: Attention(8, 2)).double().eval()
+    x, y = X[:1].repeat(4, 1, 1), torch.full((4, 7), -100)
+    y[:, 0] = 1
+    task = Task(model, (x, y), (x, y), (x, y), _token_loss, lambda out, t: -out.flatten(1).sum(1), batch_size=4)
+    with torch.no_grad():  # the teacher is sure of class 1 at the first token and of class 3 elsewhere
+        for layer in model.layers:
+            layer.out.weight.zero_()
+            layer.out.bias.zero_()
+        first, other = X[0, 0], X[0, 1]
+        model.head.weight[1], model.head.weight[3] = 40 * first, 40 * other
+    student = share_attention(model, k=2)
+    with torch.no_grad():
+        student.head.weight.zero_()
+        student.head.bias.zero_()
+    distill(student, model, task, stage1=1, stage2=0, weights=(1.0, 0.0, 0.0), lr=1e-2)
+    moved = student.head.bias.detach()
+    assert moved[1] > 0
+    assert (moved[[0, 2, 3, 4]] <= 0).all()
+
+
 @pytest.mark.parametrize(
     "options", [{"k": 0}, {"keep_first": -1}, {"groups": [["layers.0", "layers.9"]]}, {"groups": [["", "layers.1"]]}]
 )

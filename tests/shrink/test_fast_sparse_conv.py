@@ -66,6 +66,14 @@ def test_schedule_hits_both_ends_and_never_falls(start: int, length: int, initia
     assert not plan.due(start + length + 1)
 
 
+def test_schedule_is_the_papers_cube() -> None:
+    plan = Schedule(10, 50, every=8, initial=0.1)  # five prunings
+    for number in range(6):
+        expected = 0.9 + (0.1 - 0.9) * (1 - 8 * number / 40) ** 3
+        assert plan.at(10 + 8 * number, 0.9) == pytest.approx(expected, rel=1e-12)
+    assert plan.at(30, 0.9) == pytest.approx(0.8)  # most goes early: seven eighths half-way
+
+
 @pytest.mark.parametrize("block", [1, 2, 4])
 def test_masks_are_constant_inside_blocks_and_exact(block: int) -> None:
     torch.manual_seed(0)

@@ -82,6 +82,14 @@ def test_ties_make_a_star_and_not_a_chain() -> None:
     assert mst_order(torch.ones(9, 4)).weight == 0
 
 
+def test_trees_are_grown_from_many_roots_for_ties_may_end_deeper_from_one() -> None:
+    bits = ["0100", "0110", "1110", "0011", "1100", "1000", "1011"]
+    rows = torch.tensor([[2.0 * int(bit) - 1 for bit in row] for row in bits])
+    # Grown from the first channel alone the least tree is 3 deep, hung at its centre; another of equal weight is 2.
+    assert mst_order(rows).weight == 5 + 2  # steps of one place, and one of two from the last pair to the others
+    assert mst_order(rows).depth == 2
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 9), st.integers(1, 3), st.integers(1, 2), st.integers(0, 2)

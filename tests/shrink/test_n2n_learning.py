@@ -215,6 +215,24 @@ def test_distilled_score_trains_the_student() -> None:
     assert distilled_score(_task(net, values=True), net, steps=1)(student) > 0  # scores below zero: one over the loss
 
 
+def test_distilled_score_draws_the_logits_to_the_teachers() -> None:
+    torch.manual_seed(0)
+    net = _net()
+    task = _task(net)
+    free = Task(net, task.train, task.val, task.test, lambda o, t: 0.0 * o.sum(), task.score, batch_size=8)
+    with torch.no_grad():
+        net.head.weight.mul_(10.0)
+    student = ResidualNet(widths=(12,), depth=1)
+
+    def gap() -> float:
+        with torch.no_grad():
+            return float((student.eval()(task.train.inputs) - net(task.train.inputs)).square().mean())
+
+    before = gap()
+    distilled_score(free, net, steps=90, weight=1.0, lr=1e-2)(student)
+    assert gap() < 0.5 * before
+
+
 def test_blocks_go_in_one_order() -> None:
     net = _net()
     task = _task(net)

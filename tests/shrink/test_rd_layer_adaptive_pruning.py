@@ -58,6 +58,11 @@ def test_earlier_ratios_are_never_undercut() -> None:
         allocate(curves, sizes, 1.2)
 
 
+def test_a_curve_that_falls_counts_as_its_running_maximum() -> None:
+    curves = {"a": torch.tensor([0.0, 5.0, 1.0]), "b": torch.tensor([0.0, 2.0, 4.0])}
+    assert allocate(curves, {"a": 100, "b": 100}, 0.5) == {"a": 0.0, "b": 1.0}
+
+
 class _TwoBranches(nn.Module):
     """The sum of two linear maps of two halves of the input."""
 

@@ -135,6 +135,42 @@ def test_layers_multiply_what_was_rounded_forwards_and_backwards() -> None:
     assert torch.equal(torch.autograd.grad(layer(x), layer.bias, g)[0], g.sum(0))
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_gradients_groups_lie_along_the_axis_that_its_product_sums_over(kind: str) -> None:
+    # Small entries are whole steps at an eighth of the range and fall between steps at the whole of it: where they
+    # have a scale of their own, nothing is rounded.
+    whole = torch.tensor([7.0, -7.0, 7.0]).double() / 7
+    small = torch.tensor([1.0, 3.0, -7.0]).double() / 56
+    torch.manual_seed(0)
+    made: nn.Module
+    if kind == "linear":
+        made = integer_train(nn.Linear(3, 2, bias=False).double())
+        x = draw(3, 3)
+    else:
+        made = integer_train(nn.Conv2d(3, 2, 1, bias=False).double())
+        x = draw(3, 3, 1, 1)
+    weight = made.get_parameter("weight")
+    x_q, w_q = ShiftQuant(4, stochastic=False)(x, axis=1), ShiftQuant(4, groups=1, stochastic=False)(weight.detach())
+
+    def gradients(g: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = x.clone().requires_grad_()
+        out = made(leaf)
+        return torch.autograd.grad(out, (leaf, weight), g.reshape(out.shape))
+
+    by_sample = torch.stack([whole[:2], small[:2], small[1:]])  # (3 samples, 2 outputs)
+    by_output = torch.stack([whole, small], 1)  # the same by outputs
+    for _ in range(5):
+        _, to_weight = gradients(by_sample)
+        assert torch.allclose(to_weight.flatten(1), by_sample.T @ x_q.flatten(1), atol=1e-12)
+        to_x, _ = gradients(by_output)
+        assert torch.allclose(to_x.flatten(1), by_output @ w_q.flatten(1), atol=1e-12)
+    wrong = [
+        not torch.allclose(gradients(by_sample)[0].flatten(1), by_sample @ w_q.flatten(1), atol=1e-12)
+        for _ in range(20)
+    ]
+    assert any(wrong)  # the other product sums over outputs, where the small entries share the large ones' scale
+
+
 def test_gradients_of_8_bits_point_where_the_float_ones_do() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(

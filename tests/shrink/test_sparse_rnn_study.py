@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from torchgraft.bench.reber import accepts, reber_strings
+from torchgraft.bench.reber import accepts, plain_reber_strings, reber_strings
 from torchgraft.errors import BadInput
 from torchgraft.shrink.prune.sparse_rnn_study import (
     ArbitraryStructureRNN,
@@ -23,7 +23,7 @@ from torchgraft.shrink.prune.sparse_rnn_study import (
     regain_curve,
 )
 
-SYMBOLS = ".BTSXPVE"
+SYMBOLS = ".BTSXPVEACDFGHIJKLMNOQRUWYZ"
 
 
 def _network() -> nn.ModuleDict:
@@ -155,6 +155,8 @@ def test_a_forest_finds_what_accuracy_depends_on_and_says_so_on_unseen_graphs() 
     assert noise.r2 < 0.3
     constant = property_importance([({"a": 1.0, "b": b}, b) for _, b, _ in numbers])
     assert constant.correlation["a"] == 0.0
+    flat = property_importance([({"a": a, "b": b}, 0.5) for a, b, _ in numbers])
+    assert flat.r2 == 0.0  # networks that all learned nothing are not explained perfectly
 
 
 def _strings(count: int, seed: int) -> list[tuple[str, int]]:
@@ -173,6 +175,28 @@ def test_labels_are_what_the_grammar_says() -> None:
     assert made == _strings(200, 0) != _strings(200, 1)
     swapped = [t for t, label in made if not label and accepts(t[:-2] + ("P" if t[-2] == "T" else "T") + "E")]
     assert 30 < len(swapped) < 80  # about half differ from an accepted string in the embedded symbol alone
+
+
+def test_plain_strings_are_all_different_and_lengths_tell_nothing() -> None:
+    x, lengths, labels = plain_reber_strings(400, longest=16)
+    texts = ["".join(SYMBOLS[int(symbol)] for symbol in row[:length]) for row, length in zip(x, lengths, strict=True)]
+    assert len(set(texts)) == 400
+    assert [accepts(f"BT{text}TE") for text in texts] == labels.bool().tolist()  # plain ones are what is embedded
+    assert torch.equal(lengths[::2], lengths[1::2])
+    assert int(lengths.max()) <= 16
+    assert labels.tolist() == [1, 0] * 200
+    pairs = list(zip(texts[::2], texts[1::2], strict=True))
+    swapped = [right[1] != wrong[1] and wrong[1] in "TP" and right[2:] == wrong[2:] for right, wrong in pairs]
+    assert 70 < sum(swapped) < 130  # about half go on in the wrong branch, the others are in other letters throughout
+    for (right, wrong), branch in zip(pairs, swapped, strict=True):
+        code = dict(zip(right[1:-1], wrong[1:-1], strict=True))
+        assert branch or (wrong[0], wrong[-1]) == ("B", "E")
+        assert branch or wrong[1:-1] == "".join(code[symbol] for symbol in right[1:-1])
+    assert sum(any(letter not in "BTSXPVE" for letter in wrong) for _, wrong in pairs) > 70
+    assert not torch.equal(x, plain_reber_strings(400, seed=1, longest=16)[0])
+    for wrong in (3, 40_000):
+        with pytest.raises(BadInput, match="count must be even and at most"):
+            plain_reber_strings(wrong, longest=16)
 
 
 @pytest.mark.parametrize(

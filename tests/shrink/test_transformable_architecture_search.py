@@ -206,6 +206,23 @@ def test_the_search_moves_towards_the_target_and_leaves_the_model() -> None:
     assert not student.training
 
 
+@pytest.mark.parametrize(("alpha", "moves"), [(0.0, "labels"), (1.0, "teacher")])
+def test_students_learn_from_the_labels_or_the_teacher_as_alpha_says(alpha: float, moves: str) -> None:
+    torch.manual_seed(0)
+    teacher, other = StagedCNN(((4,),)), StagedCNN(((4,),))
+    task = _task(teacher)
+    mixed = Split(task.train.inputs, task.train.target.flip(0))
+    relabelled = Task(teacher, mixed, mixed, mixed, task.loss, task.score, batch_size=8)
+
+    def weights(taught_by: StagedCNN, by: Task) -> Tensor:
+        made = transfer(((3,),), taught_by, by, steps=3, alpha=alpha)
+        return torch.cat([value.detach().flatten() for value in made.parameters()])
+
+    plain = weights(teacher, task)
+    assert torch.equal(plain, weights(teacher, relabelled)) == (moves == "teacher")
+    assert torch.equal(plain, weights(other, task)) == (moves == "labels")
+
+
 def test_bad_input() -> None:
     model = StagedCNN(((2,),))
     with pytest.raises(BadInput, match="flops_ratio"):

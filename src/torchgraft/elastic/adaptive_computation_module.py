@@ -41,10 +41,13 @@ __all__ = [
     "AdaptiveComputationModules",
     "AcmModel",
     "acmize",
+    "budget_shares",
     "calibrate_acm",
     "distill_acm",
     "finetune_acm",
     "gate_labels",
+    "mean_cost",
+    "spread_losses",
     "train_gates",
 ]
 
@@ -213,8 +216,9 @@ def finetune_acm(
 ) -> int:
     """Third stage: train learners and gates from end to end at sampled choices; return the steps.
 
-    L = task loss + a |mean cost / full cost - budget| + b L_ent + c L_div, where L_ent is minus the entropy of the mean
-    choice of each layer and sample, and L_div minus twice the mean difference of the loads of two samples.
+    L = task loss + a |mean cost / full cost - target| + b L_ent + c L_div, where the target is what
+    :func:`budget_shares` gives for the budget, L_ent is minus the entropy of the mean choice of each layer and sample,
+    and L_div minus twice the mean difference of the loads of two samples, a load being the mean choice over N.
 
     Args:
         elastic: the model, its prices found.
@@ -228,28 +232,105 @@ def finetune_acm(
     """
     turn = [0]
     acms = list(elastic.acms.values())
+    targets = budget_shares(elastic, take(task.train.inputs, slice(64))) if cost_weight else list(elastic.wanted)
 
     def objective(inputs: Inputs, target: Tensor) -> Tensor:
         now = turn[0] % len(elastic.wanted) if level is None else level
         turn[0] += 1
         elastic.select(now)
         loss = task.loss(call(elastic, inputs), target)
-        counts = [acm.sample for acm in acms if acm.sample is not None]
-        most = torch.tensor([float(acm.learner_macs) for acm in acms])
+        ran = [(acm, acm.sample) for acm in acms if acm.sample is not None]
         # Every sample has as many rows in a layer as any other: (B, rows, N + 1), and its mean is the sample's share.
-        shares = torch.stack([torch.unflatten(sample, 0, (len(target), -1)).mean(1) for sample in counts])  # (L, B, .)
-        loads = shares @ torch.arange(shares.shape[-1], dtype=shares.dtype)  # (L, B)
-        weight = (most / most.sum()).to(shares)
-        cost = (weight @ loads.mean(1)) / (shares.shape[-1] - 1)
-        entropy = (shares * (shares + 1e-9).log()).sum(-1).mean() / math.log(shares.shape[-1])
-        load = weight @ loads  # (B,)
-        apart = -2.0 * (load[:, None] - load).abs().mean() / (shares.shape[-1] - 1)
-        terms = cost_weight * (cost - elastic.wanted[now]).abs() + entropy_weight * entropy
+        shares = torch.stack([torch.unflatten(sample, 0, (len(target), -1)).mean(1) for _, sample in ran])  # (L, B, .)
+        weight = torch.tensor([float(len(sample) * acm.learner_macs) for acm, sample in ran]).to(shares)
+        cost = mean_cost(shares, weight)
+        entropy, apart = spread_losses(shares)
+        terms = cost_weight * (cost - targets[now]).abs() + entropy_weight * entropy
         total: Tensor = loss + terms + diversity_weight * apart
         return total
 
     moving = [value for acm in acms for value in acm.parameters()]
     return _train(elastic, task, objective, moving, steps=steps, lr=lr, seed=seed, deadline=deadline, sampling=True)
+
+
+def mean_cost(shares: Tensor, weight: Tensor) -> Tensor:
+    """Return what is spent of what all learners of all layers cost.
+
+    Args:
+        shares: how often each number of learners was chosen, by layer and sample.
+        weight: multiply-accumulates of one learner of each layer, over all rows that it sees.
+
+    Shapes:
+        (L, B, N + 1), (L,) -> ()
+
+    Example:
+        >>> shares = torch.tensor([[[0.0, 0.0, 1.0]], [[1.0, 0.0, 0.0]]])
+        >>> mean_cost(shares, torch.tensor([3.0, 1.0]))
+        tensor(0.7500)
+    """
+    count = shares.shape[-1] - 1
+    loads = (shares @ torch.arange(count + 1).to(shares)).mean(1) / count  # (L,)
+    return (weight / weight.sum()) @ loads
+
+
+def spread_losses(shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Return L_ent, minus the entropy of what each sample chooses in each layer, in units of the largest, and L_div.
+
+    L_div is minus twice the mean difference of the loads of two samples, a sample's load being its mean choice over N.
+
+    Args:
+        shares: how often each number of learners was chosen, by layer and sample.
+
+    Shapes:
+        (L, B, N + 1) -> (), ()
+    """
+    count = shares.shape[-1] - 1
+    entropy = (shares * (shares + 1e-9).log()).sum(-1).mean() / math.log(count + 1)
+    load = (shares @ torch.arange(count + 1).to(shares)).mean(0) / count  # (B,)
+    return entropy, -2.0 * (load[:, None] - load).abs().mean()
+
+
+@torch.no_grad()
+def _span(elastic: AcmModel, inputs: Inputs) -> tuple[float, float, float]:
+    """Return the multiply-accumulates of learners at which budgets 0 and 1 stand, and those of all learners.
+
+    The least is what layers spend that must have a learner; the most keeps gates and learners within the original's.
+    """
+    low, high = _price_range(elastic, inputs)
+    prices = [float(place.prices[0]) for place in elastic.places.values()]
+    full = macs(elastic.set_budget(1.0), inputs)
+    found = []
+    for price in (high, low):
+        elastic.set_price(0, price)
+        elastic.select(0)
+        whole = macs(elastic, inputs)
+        found.append(float(sum(acm.spent for acm in elastic.acms.values())))
+    for place, price in zip(elastic.places.values(), prices, strict=True):
+        place.prices[0] = price
+    elastic.set_budget(1.0)
+    least, everything = found
+    rest = whole - everything  # gates and the rest of the model
+    return least, min(everything, max(full - rest, least)), everything
+
+
+def budget_shares(elastic: AcmModel, inputs: Inputs) -> list[float]:
+    """Return for each budget the share of all learners' cost at which :func:`calibrate_acm` sets it.
+
+    A budget of 0 is what layers spend that must have a learner, and one of 1 what gates and learners may spend together
+    without costing more than the layers that they stand for.
+
+    Args:
+        elastic: the model; left at its full budget.
+        inputs: samples.
+    """
+    acms = elastic.acms.values()
+    training = [acm.training for acm in acms]
+    for acm in acms:
+        acm.training = False
+    least, most, everything = _span(elastic, inputs)
+    for acm, flag in zip(acms, training, strict=True):
+        acm.training = flag
+    return [(least + share * (most - least)) / everything for share in elastic.wanted]
 
 
 @torch.no_grad()
@@ -262,10 +343,10 @@ def calibrate_acm(elastic: AcmModel, inputs: Inputs) -> None:
     """
     elastic.eval()
     few = take(inputs, slice(64))
-    full = macs(elastic.set_budget(1.0), few)
     acms = elastic.acms.values()
     low, high = _price_range(elastic, few)
-    whole = macs(elastic, inputs)
+    least, most, _ = _span(elastic, few)
+    whole = macs(elastic.set_budget(1.0), inputs)
     shares: list[float] = []
 
     def spent(price: float, level: int) -> float:
@@ -274,10 +355,6 @@ def calibrate_acm(elastic: AcmModel, inputs: Inputs) -> None:
         call(elastic, few)
         return float(sum(acm.spent for acm in acms))
 
-    least, most = spent(high, 0), spent(low, 0)
-    # What one pass at a price counts besides the learners: the gates and the rest of the model.
-    rest = macs(elastic, few) - most
-    most = min(most, max(full - rest, least))
     for level, share in enumerate(elastic.wanted):
         target = least + share * (most - least)
         price = solve_falling(lambda at: spent(at, level), target, low=low, high=high, steps=16)  # noqa: B023

@@ -3,9 +3,10 @@
 `UGround: Towards Unified Visual Grounding with Unrolled Transformers <https://arxiv.org/abs/2510.03853>`_ (Qian et al.,
 2025).
 
-Equation: ``u_l = w_l . h^l_s / D, a ~ softmax(u), S_p = h^a_s . h^a_p``; policy loss ``-(r - b) log pi(a)``.
+Equation: ``u_l = w_l . h^l_s, a ~ softmax(u), S_p = h^a_s . h^a_p``; policy loss ``-(r - b) log pi(a)``.
 
-Departures: the initial logits are sums of hidden states, which a division by D tempers. Rewards are each query's own,
+Departures: w starts at 1 / D in place of 1, so that the first logits are means of hidden states and not sums, while w
+learns as fast as in the paper (a division of the logits by D would slow it D times). Rewards are each query's own,
 where the paper's code shares one in a batch. The two-layer projection of the chosen state is the decoder's.
 """
 
@@ -34,7 +35,7 @@ CARD = Card(
     family="elastic",
     kind="part",
     engine=("taps",),
-    equation="u_l = w_l . h^l_s / D; a ~ softmax(u); S_p = h^a_s . h^a_p; L = -(r - b) log pi(a)",
+    equation="u_l = w_l . h^l_s; a ~ softmax(u); S_p = h^a_s . h^a_p; L = -(r - b) log pi(a)",
     entry="LayerPolicy",
     example={"d_model": 8, "num_layers": 4},
     shapes=((5, 3, 4, 8),),
@@ -99,7 +100,7 @@ class LayerPolicy(nn.Module):
         if baseline not in ("ema", "critic"):
             raise BadInput(f"baseline must be 'ema' or 'critic', got {baseline!r}")
         self.d_model, self.num_layers = d_model, num_layers
-        self.weight = nn.Parameter(torch.ones(num_layers, d_model))
+        self.weight = nn.Parameter(torch.full((num_layers, d_model), 1.0 / d_model))
         self._ema = EmaBaseline(decay=decay)
         self.critic: nn.Module | None = None
         if baseline == "critic":
@@ -113,7 +114,7 @@ class LayerPolicy(nn.Module):
                 f"states must be floating point of shape (B, Q, {self.num_layers}, {self.d_model}), got {states.dtype} "
                 f"{tuple(states.shape)}"
             )
-        logits: Tensor = (states * self.weight).sum(-1) / self.d_model
+        logits: Tensor = (states * self.weight).sum(-1)
         return logits
 
     def sample(self, states: Tensor, *, generator: torch.Generator | None = None) -> Tensor:

@@ -1,11 +1,16 @@
-"""ConViT beside the same vision transformer with plain attention, on a tenth of the digits and on all of them.
+"""ConViT beside the same vision transformer with plain attention, on 10, 30 and 100 % of the digits.
 
 Digits resized bilinearly to 16x16, 16 patches of 4x4 and learned positions in both; width 36, four layers of nine
-heads, the class token joining for the last layer in both. A tenth is drawn anew for each seed. 250 steps, in batches of
-32 on the tenth and of 64 on all; a rate of 3e-3, with which both models fit all that they are trained on (seed 100),
-and which was tuned no further. A first run had 64 patches of 2x2, as the list of systems asks: within two minutes
-neither model learned (accuracies from 0.25 to 0.92 on all the data, leads of 18 and 11 points, gates of 0.737 in the
-first layer and 0.739 in the last), so that it compared speeds of learning and not what is learned from little data.
+heads, the class token joining for the last layer in both. A share is drawn anew for each seed. 400 steps, in batches of
+32 on the tenth and of 64 on more; a rate of 3e-3, tuned no further. Positions start at a standard deviation of 0.02 in
+both, as in the paper's code: at 0.3, where this model starts by itself, plain attention is handed from the start what
+ConViT is meant to bring. Before that was mended, with 250 steps, ConViT led by 0.4 points at 10 % and by -0.3 at 100 %,
+and gates rose from 0.731 to 0.737. With the new start plain attention named 92 % of its training digits rightly after
+250 steps (seed 100, all data), hence the longer training. A first run had 64 patches of 2x2, as the list of systems
+asks: within two minutes neither model learned (accuracies from 0.25 to 0.92 on all the data, leads of 18 and 11
+points), so that it compared speeds of learning and not what is learned from little data; with 36 patches of 2x2 both
+fit a tenth in 300 steps, yet no more than 73 % of all the data. On a grid of 4x4 the nine offsets of a head cover
+a quarter to a half of the image, so locality says less here than in the paper.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from functools import partial
 from statistics import fmean
 
 import torch
+from torch import nn
 
 from torchgraft.claims.images import accuracy, digits, images_of, train_images
 from torchgraft.claims.record import ClaimRecord, judge
@@ -25,31 +31,36 @@ from torchgraft.parts.mixers.gated_positional_self_attention import CARD, GatedP
 __all__ = ["build", "run"]
 
 _WIDTH, _LAYERS, _LOCAL, _HEADS = 36, 4, 3, 9
-_STEPS, _RATE, _BATCHES = 250, 3e-3, {0.1: 32, 1.0: 64}
+_STEPS, _RATE, _BATCHES = 400, 3e-3, {0.1: 32, 0.3: 64, 1.0: 64}
+_PLACES = 0.02
 
 
 def build(name: str) -> VisionModel:
     """Return the untrained model, ``"convit"`` or ``"plain"``."""
     if name == "plain":
         plain = partial(SelfAttention, num_heads=_HEADS)
-        return VisionModel(_WIDTH, _LAYERS, plain, image_size=16, patch_size=4, class_from=_LOCAL)
-    return convit(
-        _WIDTH,
-        _LAYERS,
-        gpsa_layers=_LOCAL,
-        num_heads=_HEADS,
-        image_size=16,
-        patch_size=4,
-        channels=1,
-        classes=10,
-    )
+        model = VisionModel(_WIDTH, _LAYERS, plain, image_size=16, patch_size=4, class_from=_LOCAL)
+    else:
+        model = convit(
+            _WIDTH,
+            _LAYERS,
+            gpsa_layers=_LOCAL,
+            num_heads=_HEADS,
+            image_size=16,
+            patch_size=4,
+            channels=1,
+            classes=10,
+        )
+    if model.position is not None:
+        nn.init.normal_(model.position, std=_PLACES)
+    return model
 
 
 def run(seeds: Sequence[int] = (0, 1, 2)) -> ClaimRecord:
     """Run the claim.
 
     Args:
-        seeds: weights, which tenth, and order of the data.
+        seeds: weights, which samples, and order of the data.
     """
     begun = time.perf_counter()
     metrics: dict[str, list[float]] = {}
@@ -80,6 +91,7 @@ def run(seeds: Sequence[int] = (0, 1, 2)) -> ClaimRecord:
     first, last = mean["layer 0, 100%: gate"], mean[f"layer {_LOCAL - 1}, 100%: gate"]
     effects = {
         "lead at 10 %": leads[0.1],
+        "lead at 30 %": leads[0.3],
         "lead at 100 %": leads[1.0],
         "mean gate of the first layer": first,
         "mean gate of the last GPSA layer": last,

@@ -6,6 +6,10 @@ block) are scored on 64 final latents. Three are removed: of lowest score, of hi
 whole one, is then trained on for a fifth of the first training's steps. Judged is the squared MMD (Gaussian kernels of
 0.5, 1 and 2 times the median distance; the biased estimate, which cannot be negative) between 1,000 samples, from the
 same noise for all, and the 719 digits of the validation and test samples. Steps and width were chosen on seed 100.
+
+Until 21 November 2026 the first training had 1,000 steps, at which the net is far from trained: on seed 100 its MMD is
+0.016 and falls to 0.009 at 4,000, while the estimate's own bias is 0.004. Training after a removal then made up for
+more than what was removed, so that nothing could be shown.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ __all__ = ["run"]
 
 LATENT = 16
 TIMES = 50
-STEPS = 1000
+STEPS = 4000
 REMOVED = 3
 WIDTH = 64
 

@@ -57,7 +57,7 @@ CARD = Card(
     ),
     claim=Claim(
         text="Storage: up to 2000 random patterns of 64 entries from cues with noise, one update, against the binary "
-        "Hopfield network. Bags of 10 digits, positive where a nine is among them: HopfieldPooling against mean and "
+        "Hopfield network. Bags of 30 digits, positive where a nine is among them: HopfieldPooling against mean and "
         "max pooling on the same encoder, AUC on test bags.",
         figure="over 99 % of 2000 patterns retrieved where the binary network retrieves under 5 % of 64; AUC at least "
         "3 points above mean pooling and not below max pooling",

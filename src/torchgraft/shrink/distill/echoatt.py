@@ -18,6 +18,7 @@ import math
 import re
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from torchgraft.bench.task import Inputs, Task, call, take
 from torchgraft.bench.training import supervised, train
 from torchgraft.catalogue import Card, Claim
 from torchgraft.engines.attention_maps import attention_maps
-from torchgraft.engines.distill import Teacher, soft_loss
+from torchgraft.engines.distill import IGNORED, Teacher, soft_loss
 from torchgraft.engines.procedure import Procedure, Refusal, Site
 from torchgraft.engines.shared_attention import ShareAttention, shareable
 from torchgraft.engines.surgery.convert import convert
@@ -166,6 +167,27 @@ def share_attention(
     return apply_edits(model, [ShareAttention(groups=shared)] if shared else [])
 
 
+def _blocks(student: nn.Module) -> list[str]:
+    """Return the blocks whose attention is shared: what holds the attention and runs, or the attention itself."""
+    found = set()
+    for edit in history(student):
+        for name in (name for group in edit.groups for name in group) if isinstance(edit, ShareAttention) else ():
+            holder = name.rpartition(".")[0]
+            within = holder and not isinstance(
+                student.get_submodule(holder), (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+            )
+            found.add(holder if within else name)
+    return sorted(found)
+
+
+def _first(output: Any) -> Tensor:
+    """Return the tensor of an output, or the first of several: the hidden states."""
+    value = output[0] if isinstance(output, (tuple, list)) else output
+    if not isinstance(value, Tensor):
+        raise BadInput(f"a block with shared attention must return hidden states first, got {type(value).__name__}")
+    return value
+
+
 def distill(
     student: nn.Module,
     teacher: nn.Module,
@@ -200,7 +222,7 @@ def distill(
     if stage1 < 0 or stage2 < 0:
         raise BadInput(f"stage1 and stage2 must be at least 0 steps, got {stage1} and {stage2}")
     a, b, c = weights
-    blocks = sorted({name.rpartition(".")[0] for edit in history(student) for name in edit.describe()} - {""})
+    blocks = _blocks(student)
     guide = Teacher(teacher, task)
 
     def adjust(model: nn.Module, inputs: Inputs, target: Tensor, rows: Tensor) -> Tensor:
@@ -210,10 +232,11 @@ def distill(
             own = task.output_logits(call(model, inputs))
         loss = b * soft_loss(own, logits, temperature=1.0, target=target)
         drawn = torch.multinomial(logits.flatten(0, -2).softmax(-1), 1)[:, 0]
-        loss = loss + a * F.cross_entropy(own.flatten(0, -2), drawn)
-        pairs = [(found[name], wanted[name]) for name in blocks]
-        tensors = [(x, y) for x, y in pairs if isinstance(x, Tensor) and isinstance(y, Tensor)]
-        return loss + c * sum((F.mse_loss(x, y) for x, y in tensors), loss.new_zeros(()))
+        if target.shape == own.shape[:-1] and not target.is_floating_point():
+            drawn = drawn.masked_fill(target.flatten() == IGNORED, IGNORED)
+        loss = loss + a * F.cross_entropy(own.flatten(0, -2), drawn, ignore_index=IGNORED)
+        apart = (F.mse_loss(_first(found[name]), _first(wanted[name])) for name in blocks)
+        return loss + c * sum(apart, loss.new_zeros(()))
 
     taken = 0
     rate = task.learning_rate if lr is None else lr

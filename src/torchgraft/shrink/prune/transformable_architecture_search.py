@@ -80,8 +80,9 @@ CARD = Card(
         "drawn pairs are of two different widths, their weights sum to one and carry gradients to the logits",
     ),
     claim=Claim(
-        text="digits CNN of six convolutions of width 32, half the MACs: searched widths and depths against all widths"
-        " scaled alike, both trained from scratch with the same distillation; and the searched one with labels alone",
+        text="noisy digits, CNN of six convolutions of width 32, half the MACs: searched widths and depths against all"
+        " widths scaled alike, both trained from scratch with the same distillation; the searched one also with labels"
+        " alone",
         figure="MACs within 5 % of the target; accuracy >= the uniform network's; distillation adds >= 0.2 points to"
         " plain training; means of 3 seeds",
     ),

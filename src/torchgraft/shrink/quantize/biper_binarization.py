@@ -6,7 +6,8 @@ quantisation error QE = E[(sin(omega w) - g w_b)^2], least at g = E|sin(omega w)
 
 As a lever of ``fit`` it makes the weights of whole layers binary and leaves activations as they are: weights are stored
 in one bit and executed in floating point, so the file shrinks and nothing gets faster. With ``activations=True`` inputs
-become signs as well, and ``engines.binary.freeze`` executes the layers as int8 or as bits.
+become signs as well, whose gradient is max(0, 2 - 2 |a / std(a)|), std over a sample's channels and positions, and
+``engines.binary.freeze`` executes the layers as int8 or as bits.
 
 Departures:
 - A trained layer's weights are brought into the rising quarter wave, |omega w| <= pi/2, a row at a time, so that every
@@ -86,6 +87,9 @@ CARD = Card(
 }""",
 )
 
+#: Added to a sample's variance before its root, as in the released code.
+_LEAST_VARIANCE = 1e-5
+
 
 class BiPerEstimator(Estimator):
     """The square wave with the gradient of the sine.
@@ -161,7 +165,12 @@ class BiPerWeight(Spec):
 
 
 class NormalisedSign:
-    """sign(a / std(a)): the piecewise polynomial gradient sees activations of unit spread.
+    """sign(a / std(a)), each sample by its own deviation: the polynomial gradient sees activations of unit spread.
+
+    What a sample's gradient is does not depend on the others of its batch.
+
+    Shapes:
+        (B, ...) -> (B, ...); a vector counts as one sample
 
     Example:
         >>> NormalisedSign()(torch.tensor([-3.0, 0.0, 1.0]))
@@ -170,9 +179,12 @@ class NormalisedSign:
 
     def __call__(self, a: Tensor) -> Tensor:
         """Return the signs of ``a``."""
-        if not torch.is_grad_enabled() or a.numel() < 2:
+        if not torch.is_grad_enabled():
             return sign(a)
-        return Polynomial()(a / a.std().clamp(min=1e-6))
+        axes = tuple(range(1, a.ndim)) or (0,)
+        if math.prod(a.shape[axis] for axis in axes) < 2:  # a single value has no deviation
+            return Polynomial()(a)
+        return Polynomial()(a * torch.rsqrt(a.var(axes, keepdim=True) + _LEAST_VARIANCE))
 
 
 class BiPerEdit(Edit):

@@ -13,6 +13,8 @@ Departures:
 - The value residual has R scalars a token, the j-th added to the j-th of R equal slices of a head's channels; the
   released code has R = 1, one scalar for all.
 - P_q, P_k and P_v start at 0, so that training begins at the plain binary attention.
+- No learned shift stands before a sign, and no GELU between the two layers of a block, whose sign the next one takes
+  anyway; the released code has both.
 - ``binarize`` takes the weights of a full-precision model, and its ``pretrain`` is a distillation of that model's
   outputs; masked language modelling is :func:`mask_tokens` and :func:`masked_lm_loss` on a :class:`BinaryTransformer`.
 """
@@ -354,12 +356,18 @@ class Operations:
         return self.full / (self.floating + self.binary / 64)
 
 
-def bit_operations(d_model: int, tokens: int, *, rank: int = 1, hidden: int | None = None) -> Operations:
+def bit_operations(
+    d_model: int, tokens: int, *, num_heads: int = 2, rank: int = 1, hidden: int | None = None
+) -> Operations:
     """Return the multiplications of one block: four projections, two attention products, two layers of ``hidden``.
+
+    Scales, of which there is one an output, are not counted, in full precision neither.
 
     Args:
         d_model: width.
         tokens: T.
+        num_heads: heads; they share the estimated scores, but each has probabilities of its own, by which it multiplies
+            the estimated values.
         rank: of the estimators, whose products stay in full precision.
         hidden: width between the two layers; by default 4 D, and 0 for attention alone.
 
@@ -369,5 +377,5 @@ def bit_operations(d_model: int, tokens: int, *, rank: int = 1, hidden: int | No
     """
     between = 4 * d_model if hidden is None else hidden
     binary = tokens * d_model * (4 * d_model + 2 * between) + 2 * tokens**2 * d_model
-    floating = 5 * tokens * d_model * rank + 3 * tokens**2 * rank + tokens**2 * rank
+    floating = 5 * tokens * d_model * rank + (3 + num_heads) * tokens**2 * rank
     return Operations(binary, binary, floating)
