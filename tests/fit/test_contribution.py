@@ -49,6 +49,7 @@ def test_a_trial_promises_what_recovery_will_mend() -> None:
     assert promise(0.9, [0.25], 1.0) == pytest.approx((0.85, 2.0))
     assert promise(1.1, [0.5], 1.0) == gains(1.1, [0.5], 1.0)  # what has gained keeps its gain
     assert promise(-2.2, [0.5], -2.0) == pytest.approx((0.85, 1.0))
+    assert promise(0.9, [0.5], 1.0, span=0.03) == pytest.approx((0.5, 1.0))
 
 
 def _cost(ratio: float) -> CostRecord:

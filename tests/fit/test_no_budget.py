@@ -54,6 +54,7 @@ class _Shop:
     """As much of a workshop as choosing finalists needs."""
 
     costs = ("macs",)
+    span = None
     validation = torch.tensor([1.0])
 
     def quick_ratios(self, model: float) -> dict[str, float]:

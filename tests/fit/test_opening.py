@@ -79,6 +79,22 @@ def test_a_combination_that_breaks_the_model_is_not_taken_further() -> None:
     assert set(chosen.procedures) != {"width", "precision"}
 
 
+def test_what_has_lost_all_that_may_be_lost_comes_again_at_half_its_strength() -> None:
+    alone_ = plan_of(width=["taylor-pruning"])
+    lost = trial(0, {"taylor-pruning": 0.5}, 0.8, 0.5, 0.5)
+    # Of a fall of 0.2 recovery leaves 0.03: worth something where a tenth may be lost, nothing where 0.02 may.
+    assert ascent(alone_, aims=COSTS, trials=[lost]) is not None
+    again = ascent(alone_, aims=COSTS, trials=[lost], span=0.02)
+    assert again is not None
+    assert again.procedures == {"width": ("taylor-pruning", 0.25)}
+    least = trial(1, {"taylor-pruning": 0.25}, 0.8, 0.8, 0.8)
+    last = ascent(alone_, aims=COSTS, trials=[lost, least], span=0.02)
+    assert last is not None
+    assert last.procedures == {"width": ("taylor-pruning", 0.125)}
+    nothing = trial(2, {"taylor-pruning": 0.125}, 0.8, 0.9, 0.9)
+    assert ascent(alone_, aims=COSTS, trials=[lost, least, nothing], span=0.02) is None
+
+
 def test_it_ends_with_the_rungs_or_when_the_sampler_has_enough() -> None:
     alone = plan_of(precision=["int8-dynamic"])
     first = ascent(alone, aims=COSTS)

@@ -17,39 +17,45 @@ SPAN = 0.1
 LEFT = 0.15
 
 
-def gains(validation: float, ratios: Sequence[float], original: float) -> tuple[float, ...]:
+def gains(
+    validation: float, ratios: Sequence[float], original: float, *, span: float | None = None
+) -> tuple[float, ...]:
     """Return what a model gains, as coordinates whose origin is worth nothing.
 
-    The first is 1 where the original's score is kept and falls to 0 where a tenth of it (in size) is lost; the others
-    are the halvings of each cost, log2(1 / ratio), so that a step from 0.5 to 0.25 counts like one from 1 to 0.5.
+    The first is 1 where the original's score is kept and falls to 0 where ``span`` is lost; the others are the halvings
+    of each cost, log2(1 / ratio), so that a step from 0.5 to 0.25 counts like one from 1 to 0.5.
 
     Args:
         validation: the model's score.
         ratios: its costs over the original's.
         original: the original's score.
+        span: the fall at which nothing is kept; by default a tenth of the original's score, in size.
 
     Example:
         >>> gains(0.9, [0.5, 0.25], 0.9)
         (1.0, 1.0, 2.0)
     """
-    span = SPAN * max(abs(original), 1e-9)
-    kept = 1.0 + (validation - original) / span
+    wide = SPAN * max(abs(original), 1e-9) if span is None else span
+    kept = 1.0 + (validation - original) / wide
     return (max(kept, 0.0), *(math.log2(1.0 / ratio) if ratio > 0 else 0.0 for ratio in ratios))
 
 
-def promise(validation: float, ratios: Sequence[float], original: float) -> tuple[float, ...]:
+def promise(
+    validation: float, ratios: Sequence[float], original: float, *, span: float | None = None
+) -> tuple[float, ...]:
     """Return what a trial may gain once it is recovered at length, which leaves about ``LEFT`` of what it has lost.
 
     Args:
         validation: the trial's score after its few steps of recovery.
         ratios: its costs over the original's.
         original: the original's score.
+        span: as for :func:`gains`.
 
     Example:
         >>> [round(value, 3) for value in promise(0.8, [0.5], 1.0)]
         [0.7, 1.0]
     """
-    return gains(max(validation, original - LEFT * (original - validation)), ratios, original)
+    return gains(max(validation, original - LEFT * (original - validation)), ratios, original, span=span)
 
 
 def contributions(candidates: Sequence[Candidate], trials: Sequence[Trial], costs: Sequence[str]) -> list[Contribution]:

@@ -102,7 +102,10 @@ def _worth_recovering(
     """
     base = float(workshop.validation.mean())
     records = [trial.user_attrs["record"] for trial in ranked]
-    hoped = [promise(r["validation"], [r["ratios"][cost] for cost in workshop.costs], base) for r in records]
+    hoped = [
+        promise(r["validation"], [r["ratios"][cost] for cost in workshop.costs], base, span=workshop.span)
+        for r in records
+    ]
     chosen: list[int] = []
     while len(chosen) < min(count, len(ranked)):
         held = [hoped[index] for index in chosen]
@@ -146,7 +149,10 @@ def _promising(workshop: Workshop, finalists: Sequence[Finalist], count: int) ->
     quick = [workshop.quick_ratios(finalist.model) for finalist in finalists]
     base = float(workshop.validation.mean())
     means = [float(finalist.scores.mean()) for finalist in finalists]
-    points = [gains(mean, [q[cost] for cost in workshop.costs], base) for mean, q in zip(means, quick, strict=True)]
+    points = [
+        gains(mean, [q[cost] for cost in workshop.costs], base, span=workshop.span)
+        for mean, q in zip(means, quick, strict=True)
+    ]
     chosen: list[int] = []
     while len(chosen) < count:
         held = [points[index] for index in chosen]

@@ -157,21 +157,29 @@ def descent(
     return _choice(plan, keys, min(max(REFERENCE * stretch[keys], LEAST), MOST), 1.0)
 
 
-def _volume(trial: Trial, original: float, aims: Sequence[str]) -> tuple[float, float]:
+def _volume(trial: Trial, original: float, aims: Sequence[str], span: float | None) -> tuple[float, float]:
     """Return the volume that a trial promises to hold once it is recovered, and the share of the score in it."""
     if trial.validation is None or trial.state == "failed":
         return 0.0, 0.0
-    share, *halvings = promise(trial.validation, [trial.ratios.get(cost, 1.0) for cost in aims], original)
+    share, *halvings = promise(trial.validation, [trial.ratios.get(cost, 1.0) for cost in aims], original, span=span)
     return share * math.prod(max(value, LITTLE) for value in halvings), share
 
 
-def ascent(plan: Plan, *, aims: Sequence[str], trials: Sequence[Trial] = (), original: float = 1.0) -> Choice | None:
+def ascent(
+    plan: Plan,
+    *,
+    aims: Sequence[str],
+    trials: Sequence[Trial] = (),
+    original: float = 1.0,
+    span: float | None = None,
+) -> Choice | None:
     """Return the next choice without a budget, or ``None`` once the sampler has enough to go by.
 
     A combination is worth the volume that a model would hold once it is recovered: the share of the score that is kept
     times the halvings of each cost.
     One that has been tried is expected to gain by the next of the strengths ``RUNGS`` in proportion, as long as the
-    last step up has gained. The most volume for the time is next. One precision procedure stands for all, since
+    last step up has gained; one that has lost everything may come again at half its strength. The most volume for the
+    time is next. One precision procedure stands for all, since
     recovered models end in the others too.
 
     Args:
@@ -179,6 +187,8 @@ def ascent(plan: Plan, *, aims: Sequence[str], trials: Sequence[Trial] = (), ori
         aims: the costs that are to fall.
         trials: finished trials of this run.
         original: the original's validation score.
+        span: the fall of the score at which a model is worth nothing, as for
+            :func:`~torchgraft.fit.contribution.gains`.
     """
     if len(trials) >= STARTUP:
         return None
@@ -193,20 +203,27 @@ def ascent(plan: Plan, *, aims: Sequence[str], trials: Sequence[Trial] = (), ori
         facts = _facts(plan, keys)
         guessed[keys] = math.prod(fact.kept for fact in facts) * math.prod(_halvings(facts, cost) for cost in aims)
     tried = _tried(plan, trials)
-    credit = _credit({k: _volume(t[0], original, aims)[0] for k, t in tried.items() if k in guessed}, guessed)
+    credit = _credit({k: _volume(t[0], original, aims, span)[0] for k, t in tried.items() if k in guessed}, guessed)
+
+    def offer(keys: Keys) -> tuple[float, float] | None:
+        """Return the volume that is expected of the next trial of a combination, and its strength."""
+        members, expected = sorted(tried.get(keys, []), key=rung), _put_right(guessed[keys], keys, credit)
+        if not members:
+            return expected, RUNGS[0]
+        volumes = [_volume(trial, original, aims, span)[0] for trial in members]
+        lowest, last = rung(members[0]), rung(members[-1])
+        if volumes[0] == 0.0 and RUNGS[0] / 4 < lowest < 1.0:
+            return expected * (lowest / 2 / RUNGS[0]) ** len(aims), lowest / 2
+        further = next((step for step in RUNGS if step > last + 1e-9), None)
+        if further is None or volumes[-1] == 0.0 or volumes[-1] < max(volumes):
+            return None  # as far as it goes, or the last step was one too many
+        share = _volume(members[-1], original, aims, span)[1]
+        times = further / last
+        return volumes[-1] * times ** len(aims) * share ** (times**2 - 1.0), further
+
     best: tuple[float, Keys, float] | None = None
-    for keys, guess in guessed.items():
-        strength, expected = RUNGS[0], _put_right(guess, keys, credit)
-        members = sorted(tried.get(keys, []), key=rung)
-        if members:
-            volumes = [_volume(trial, original, aims)[0] for trial in members]
-            steps = [step for step in RUNGS if step > rung(members[-1]) + 1e-9]
-            if not steps or volumes[-1] < max(volumes):
-                continue  # as far as it goes, or the last step up was one too many
-            strength, further = steps[0], steps[0] / rung(members[-1])
-            share = _volume(members[-1], original, aims)[1]
-            expected = volumes[-1] * further ** len(aims) * share ** (further**2 - 1.0)
-        value = expected / _seconds(plan, keys)
-        if best is None or value > best[0]:
-            best = (value, keys, strength)
+    for keys in guessed:
+        found = offer(keys)
+        if found is not None and (best is None or found[0] / _seconds(plan, keys) > best[0]):
+            best = (found[0] / _seconds(plan, keys), keys, found[1])
     return None if best is None else _choice(plan, best[1], best[2], PRECISION)

@@ -180,7 +180,7 @@ def fit(
         aims=aims,
         patient=seconds is not None and seconds >= PATIENT,
     )
-    workshop = Workshop(task, original, plan, limits, measured, ignore=ignore, seed=seed)
+    workshop = Workshop(task, original, plan, limits, measured, ignore=ignore, seed=seed, max_drop=max_drop)
     settings: dict[str, object] = {
         "budget": [limit.text for limit in limits],
         "costs": list(measured),

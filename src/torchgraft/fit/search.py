@@ -114,7 +114,7 @@ def _first_choice(workshop: Workshop, trials: Sequence[Trial]) -> Choice | None:
     """Return what the opening tries after ``trials``, or ``None`` where the sampler chooses."""
     score = float(workshop.validation.mean())
     if not workshop.limits:
-        return ascent(workshop.plan, aims=workshop.costs, trials=trials, original=score)
+        return ascent(workshop.plan, aims=workshop.costs, trials=trials, original=score, span=workshop.span)
     needs = {limit.cost: workshop.bound(limit.cost) for limit in workshop.limits}
     combined = descent(workshop.plan, needs=needs, trials=trials, original=score)
     if combined is not None:

@@ -81,6 +81,7 @@ class Workshop:
         costs: which costs are measured.
         ignore: globs of module names that must stay as they are.
         seed: the seed of the run.
+        max_drop: the largest fall of the score that is asked for, or ``None``.
     """
 
     def __init__(
@@ -93,7 +94,11 @@ class Workshop:
         *,
         ignore: Sequence[str] = (),
         seed: int = 0,
+        max_drop: float | None = None,
     ) -> None:
+        #: The fall of the score at which a model is worth nothing in a run without a budget: one of ``max_drop``, which
+        #: is still allowed, is worth half.
+        self.span = None if max_drop is None else max(2.0 * max_drop, 1e-6)
         self.task, self.original, self.plan = task, original, plan
         self.limits, self.costs, self.ignore, self.seed = tuple(limits), tuple(costs), tuple(ignore), seed
         self.baseline = meters.measure(original, task.example, costs=self.costs)
