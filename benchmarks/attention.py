@@ -2,7 +2,8 @@
 
 1. Speed: forward at T = 4096, causal (batch 1, 4 heads, K = V = 64) of the point-wise members and of the others, as a
    ratio to the fused kernel's time, and forward and backward likewise. Printed only where the output agrees with the
-   same pipeline in float64, written out.
+   same pipeline in float64, written out. The form "flex" has a row where it can be compiled, forward only: its kernel
+   for the CPU has no backward pass.
 2. Memory: the peak of forward and backward by a child process at 2k to 16k tokens, its exponent, and at 8192 tokens the
    share of what the written-out matrix needs.
 3. Windows and axes: time against the number of tokens, with a window of 128, with image tokens attended along axes
@@ -51,6 +52,7 @@ from torchgraft.engines.attention import (
     unnormalized,
 )
 from torchgraft.engines.recurrence.distance import slopes
+from torchgraft.errors import BadInput
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -66,6 +68,10 @@ PIPELINES: dict[str, dict[str, Any]] = {
     "gaussian": {"score": Gaussian(), "transform": exp, "normalize": l1},
     "softmax, harmonic positions": {"transform": Harmonic(slopes(HEADS))},
     "softmax by blocks": {"form": "blocks"},
+}
+#: Beside the same pipeline by blocks; only where torch can compile it.
+FLEX: dict[str, dict[str, Any]] = {
+    "softmax, harmonic positions, flex": {"transform": Harmonic(slopes(HEADS)), "form": "flex"},
 }
 POINTWISE = ("sigmoid", "relu", "softplus")
 SECTIONS = ("speed", "memory", "linear")
@@ -91,8 +97,27 @@ def agreement(stages: dict[str, Any], tokens: int = 700) -> float:
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
         return [out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)]
 
-    pairs = zip(everything("blocks", torch.float32), everything("dense", torch.float64), strict=True)
-    return max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
+    exact = everything("dense", torch.float64)
+    if stages.get("form") == "flex":
+        with torch.no_grad():
+            found = [attend(*heads(tokens), causal=True, **stages)]
+    else:
+        found = everything("blocks", torch.float32)
+    return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=False))
+
+
+def compiled() -> dict[str, dict[str, Any]]:
+    """Return the rows of FLEX that can be compiled here."""
+    found = {}
+    for name, stages in FLEX.items():
+        try:
+            with torch.no_grad():
+                attend(*heads(LONG), causal=True, **stages)
+        except BadInput as error:
+            print(f"{name}: {error}", flush=True)
+        else:
+            found[name] = stages
+    return found
 
 
 def speed(count: int) -> dict[str, Any]:
@@ -115,14 +140,15 @@ def speed(count: int) -> dict[str, Any]:
 
         return call
 
-    functions: list[Callable[..., Tensor]] = [
-        fused,
-        *(functools.partial(attend, causal=True, **stages) for stages in PIPELINES.values()),
-    ]
-    found: dict[str, Any] = {name: {"agreement": agreement(stages)} for name, stages in PIPELINES.items()}
-    for what, make in (("forward", forward), ("forward and backward", both_ways)):
+    once = PIPELINES | compiled()
+    found: dict[str, Any] = {name: {"agreement": agreement(stages)} for name, stages in once.items()}
+    for what, make, pipelines in (("forward", forward, once), ("forward and backward", both_ways, PIPELINES)):
+        functions: list[Callable[..., Tensor]] = [
+            fused,
+            *(functools.partial(attend, causal=True, **stages) for stages in pipelines.values()),
+        ]
         rows = rounds([make(function) for function in functions], count)
-        for place, name in enumerate(PIPELINES, start=1):
+        for place, name in enumerate(pipelines, start=1):
             over = interval([row[place] / row[0] for row in rows])
             found[name][what] = [over.value, over.low, over.high]
     return found
@@ -218,7 +244,10 @@ def tables(record: dict[str, Any]) -> list[Table]:
         )
         for name, cell in record["speed"].items():
             agrees = cell["agreement"] < 1e-3
-            times = [shown(cell[what]) if agrees else "disagrees" for what in ("forward", "forward and backward")]
+            times = [
+                (shown(cell[what]) if agrees else "disagrees") if what in cell else "none"
+                for what in ("forward", "forward and backward")
+            ]
             table.add_row(name, *times, f"{cell['agreement']:.0e}")
         made.append(table)
     if "memory" in record:
@@ -244,7 +273,7 @@ def figure(record: dict[str, Any], path: Path) -> None:
     left.axvline(1.5, color="gray", lw=1, ls="--")
     left.set(yticks=list(places), yticklabels=names, xlabel="forward time over the fused kernel's")
     left.invert_yaxis()
-    for name, colour in zip(names, plt.colormaps["tab10"].colors, strict=False):
+    for name, colour in zip(record["memory"], plt.colormaps["tab10"].colors, strict=False):
         peaks = record["memory"][name]["peak"]
         right.plot([int(t) for t in peaks], [value / 2**20 for value in peaks.values()], "o-", label=name, color=colour)
     right.set(xscale="log", yscale="log", xlabel="tokens", ylabel="peak of forward and backward (MiB)")

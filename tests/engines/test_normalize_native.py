@@ -14,7 +14,7 @@ from torchgraft.engines.normalize import native
 from torchgraft.parts.norms.evonorm import EvoNorm
 from torchgraft.parts.norms.ibn_net import IBN
 from torchgraft.parts.norms.powernorm import PowerNorm
-from torchgraft.parts.norms.slab_prepbn import PRepBN
+from torchgraft.parts.norms.slab_prepbn import PRepBN, RepBN
 from torchgraft.parts.norms.weight_standardization_bcn import BatchChannelNorm
 
 needs_compiler = pytest.mark.skipif(
@@ -33,6 +33,18 @@ LAYERS: list[Any] = [
     pytest.param(lambda: PowerNorm(24, group_scale=0), TOKENS, id="powernorm-unscaled"),
     pytest.param(lambda: PowerNorm(24, warmup=5), TOKENS, id="powernorm-warmup"),
     pytest.param(lambda: PRepBN(24, steps=10), TOKENS, id="prepbn"),
+    pytest.param(lambda: PRepBN(24, steps=2), TOKENS, id="prepbn-ended"),
+    pytest.param(lambda: RepBN(24), TOKENS, id="repbn"),
+    # outputs that outgrow the cache, of rows that can and that cannot be written past it
+    *(
+        pytest.param(lambda made=made, width=width: made(width), (1, 2_060, width), id=f"{name}-large-{width}")
+        for width in (512, 515)
+        for name, made in (
+            ("prepbn", lambda width: PRepBN(width, steps=10)),
+            ("repbn", RepBN),
+            ("powernorm", PowerNorm),
+        )
+    ),
 ]
 
 
@@ -75,6 +87,18 @@ def test_compiled_layers_say_what_float64_says(build: Any, shape: tuple[int, ...
 
 
 @needs_compiler
+@pytest.mark.parametrize("rows", [2, 7, 8, 9, 61])
+def test_the_variance_of_columns_far_from_zero_is_exact(rows: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(rows, 24) + 1_000.0
+    norm = RepBN(24, momentum=1.0).train()
+    norm(x)
+    exact = x.double()
+    torch.testing.assert_close(norm.running_mean.double(), exact.mean(0), rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(norm.running_var.double(), exact.var(0), rtol=1e-4, atol=0.0)
+
+
+@needs_compiler
 def test_padding_counts_for_nothing_in_the_compiled_power_norm() -> None:
     torch.manual_seed(0)
     x, mask = torch.randn(TOKENS), torch.rand(TOKENS[:2]) > 0.4
@@ -104,15 +128,16 @@ def test_nan_goes_through() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("threads", [1, 2])
-def test_the_number_of_threads_changes_rounding_only(threads: int) -> None:
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("build", [PowerNorm, RepBN, lambda width: PRepBN(width, steps=10)])
+def test_the_number_of_threads_changes_rounding_only(build: Any, threads: int) -> None:
     before = torch.get_num_threads()
     torch.manual_seed(1)
     x, upstream = torch.randn(TOKENS), torch.randn(TOKENS)
-    wanted = _both_ways(_made(lambda: PowerNorm(24)), x, upstream)
+    wanted = _both_ways(_made(lambda: build(24)), x, upstream)
     try:
         torch.set_num_threads(threads)
-        found = _both_ways(_made(lambda: PowerNorm(24)), x, upstream)
+        found = _both_ways(_made(lambda: build(24)), x, upstream)
     finally:
         torch.set_num_threads(before)
     for name, value in wanted.items():

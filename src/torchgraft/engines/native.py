@@ -24,7 +24,8 @@ __all__ = ["cache_folder", "library"]
 
 _logger = logging.getLogger("torchgraft")
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
-_NATIVE = {"x86_64": "-march=native", "AMD64": "-march=native", "aarch64": "-mcpu=native", "arm64": "-mcpu=native"}
+_X86, _ARM = ("-march=native", "-mprefer-vector-width=512"), ("-mcpu=native",)  # the width where there are such vectors
+_NATIVE = {"x86_64": _X86, "AMD64": _X86, "aarch64": _ARM, "arm64": _ARM}
 
 
 def cache_folder() -> Path:
@@ -53,14 +54,17 @@ def _trusted(path: Path) -> bool:
     return about.st_uid == os.getuid() and not stat.S_ISLNK(about.st_mode) and not about.st_mode & 0o022
 
 
+def _flags() -> tuple[str, ...]:
+    return (*_FLAGS, *_NATIVE.get(platform.machine(), ()))
+
+
 def _build(compiler: str, source: bytes, target: Path) -> None:
     """Compile ``source`` to ``target``, whole or not at all."""
-    flags = (*_FLAGS, *([_NATIVE[platform.machine()]] if platform.machine() in _NATIVE else []))
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / "kernel.so"
         done = subprocess.run(
-            [compiler, *flags, "-x", "c++", "-", "-o", str(made)],
+            [compiler, *_flags(), "-x", "c++", "-", "-o", str(made)],
             input=source,
             capture_output=True,
             timeout=120,
@@ -86,7 +90,7 @@ def library(source: Path) -> ctypes.CDLL | None:
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, timeout=30, check=False).stdout
         text = source.read_bytes()
-        said = "\0".join((compiler, *_FLAGS, _processor())).encode()
+        said = "\0".join((compiler, *_flags(), _processor())).encode()
         digest = hashlib.sha256(b"\0".join((text, version, said))).hexdigest()[:24]
         target = cache_folder() / f"{source.parent.name}-{digest}.so"
         if not target.exists():

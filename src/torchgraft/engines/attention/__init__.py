@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from torchgraft.engines.attention.attend import FORMS, Form, attend, attention_weights
-from torchgraft.engines.attention.masks import Both, Causal, Given, Mask, Padding, Window
+from torchgraft.engines.attention.masks import Both, Causal, Either, Given, Mask, Padding, Window
+from torchgraft.engines.attention.pair import Pair
 from torchgraft.engines.attention.position import Alibi, Harmonic
 from torchgraft.engines.attention.rows import Rows
 from torchgraft.engines.attention.stages import (
@@ -24,6 +25,7 @@ from torchgraft.engines.attention.stages import (
     dot,
     exp,
     l1,
+    pointwise,
     relu,
     sigmoid,
     softmax,
@@ -40,6 +42,7 @@ __all__ = [
     "Chain",
     "Divided",
     "Dot",
+    "Either",
     "Form",
     "Gaussian",
     "Given",
@@ -47,6 +50,7 @@ __all__ = [
     "Mask",
     "Normalize",
     "Padding",
+    "Pair",
     "Reweighted",
     "Rows",
     "Score",
@@ -62,6 +66,7 @@ __all__ = [
     "dot",
     "exp",
     "l1",
+    "pointwise",
     "relu",
     "sigmoid",
     "softmax",

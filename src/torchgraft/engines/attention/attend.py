@@ -2,11 +2,13 @@
 
     A = normalize(transform(score(Q, K)), mask),  O = A V
 
-Plain softmax is handed to ``scaled_dot_product_attention``; everything else runs by blocks of rows.
+Plain softmax is handed to ``scaled_dot_product_attention``; on CUDA softmax with biases to FlexAttention; everything
+else runs by blocks of rows.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Literal, TypeAlias
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchgraft.engines.attention.blocked import Pipeline, Places, attend_by_blocks, default_scale, weights_of
+from torchgraft.engines.attention.flex import attend_by_flex, suits
 from torchgraft.engines.attention.masks import Both, Causal, Given, Mask, Padding, as_mask
 from torchgraft.engines.attention.rows import Rows
 from torchgraft.engines.attention.stages import Normalize, Score, Transform, dot, softmax
@@ -21,9 +24,10 @@ from torchgraft.errors import BadInput, nearest
 
 __all__ = ["FORMS", "Form", "attend", "attention_weights"]
 
-Form: TypeAlias = Literal["auto", "sdpa", "blocks", "dense"]
+Form: TypeAlias = Literal["auto", "sdpa", "flex", "blocks", "dense"]
 #: How attention is computed; every form gives the same numbers.
-FORMS = ("auto", "sdpa", "blocks", "dense")
+FORMS = ("auto", "sdpa", "flex", "blocks", "dense")
+_logger = logging.getLogger("torchgraft")
 #: A table of pairs of at most this size is written out for the fused kernel; beyond it, blocks need less memory.
 _TABLE = 1 << 22
 #: So many weights are kept for the backward pass rather than computed again.
@@ -49,6 +53,14 @@ def attend(
 ) -> Tensor:
     """Mix values by weights that queries and keys decide.
 
+    Four forms give the same numbers. ``"sdpa"`` is PyTorch's fused kernel, for plain softmax. ``"flex"`` compiles one
+    kernel for the pipeline by FlexAttention, see :mod:`torchgraft.engines.attention.flex` for what it takes: softmax
+    with biases and temperatures, and on CUDA weights that a marked function makes of each score; on the CPU it has no
+    backward pass. ``"blocks"`` takes everything, anywhere, in memory linear in T; ``"dense"`` writes the matrix out.
+    ``"auto"`` takes the first of sdpa, flex and blocks that is known to be right: flex on CUDA with Triton only, for
+    softmax whose stages want no gradients (on the CPU one asks for it). The CUDA kernels of flex were not run where
+    this was written; should one fail to compile, ``"auto"`` logs a warning and runs blocks.
+
     Args:
         q: queries.
         k: keys; where there are fewer heads of keys than of queries, groups of queries share them.
@@ -62,8 +74,9 @@ def attend(
         dropout: share of the weights that is dropped; for training.
         query_place: position of each query; by default the queries stand at the last T of the S keys.
         key_place: position of each key; by default 0 to S - 1.
-        form: ``"sdpa"`` for the fused kernel (plain softmax only), ``"blocks"`` for memory linear in T, ``"dense"`` for
-            the matrix written out, which alone has second derivatives; ``"auto"`` chooses. Dropout draws anew in each.
+        form: ``"sdpa"`` for the fused kernel (plain softmax only), ``"flex"`` for a kernel compiled by FlexAttention,
+            ``"blocks"`` for memory linear in T, ``"dense"`` for the matrix written out, which alone has second
+            derivatives; ``"auto"`` chooses. Dropout draws anew in each.
         rows: queries a block; by default by the caches.
 
     Shapes:
@@ -79,8 +92,8 @@ def attend(
         torch.Size([2, 5, 4, 8])
 
     Raises:
-        BadInput: shapes disagree, a setting is unknown or out of range, the fused kernel was asked for what it cannot
-            do, or a plain function among the stages holds a tensor that wants a gradient.
+        BadInput: shapes disagree, a setting is unknown or out of range, a fused or compiled kernel was asked for what
+            it cannot do, or a plain function among the stages holds a tensor that wants a gradient.
     """
     if form not in FORMS:
         raise BadInput(f"form must be one of {', '.join(FORMS)}, got {form!r}{nearest(str(form), list(FORMS))}")
@@ -100,11 +113,15 @@ def attend(
             return fused
     if form == "sdpa":
         raise BadInput("form 'sdpa' takes plain softmax of dot products with masks that fit in memory; use 'blocks'")
-    queries = _wide(q).transpose(1, 2)  # (B, H, T, K)
-    keys, values = (_repeated(_wide(x).transpose(1, 2), q.shape[2]) for x in (k, v))  # (B, H, S, K)
     seed = int(torch.randint(1 << 62, ())) if dropout else 0
     pipeline = Pipeline(score, transform, normalize, scale, whole, dropout, seed)
     small = form == "auto" and torch.is_grad_enabled() and q.shape[:3].numel() * k.shape[1] <= _SMALL
+    if form == "flex" or (form == "auto" and not small and suits(pipeline, q, k, v)):
+        mixed = _flexed(pipeline, q, k, v, places, asked=form == "flex")
+        if mixed is not None:
+            return mixed
+    queries = _wide(q).transpose(1, 2)  # (B, H, T, K)
+    keys, values = (_repeated(_wide(x).transpose(1, 2), q.shape[2]) for x in (k, v))  # (B, H, S, K)
     with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):
         if form == "dense" or small:
             mixed = _dense(pipeline, queries, keys, values, places)
@@ -186,6 +203,18 @@ def _wide(x: Tensor) -> Tensor:
 def _repeated(x: Tensor, heads: int) -> Tensor:
     """Return ``x`` with each head as often as queries share it, (B, G, S, K) -> (B, H, S, K)."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _flexed(pipeline: Pipeline, q: Tensor, k: Tensor, v: Tensor, places: Places, *, asked: bool) -> Tensor | None:
+    """Return what FlexAttention mixes; ``None`` where it failed and nobody ``asked`` for it."""
+    with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):
+        try:
+            return attend_by_flex(pipeline, q, k, v, places)
+        except BadInput as error:
+            if asked:
+                raise
+            _logger.warning("attend: %s", error)
+            return None
 
 
 def _dense(pipeline: Pipeline, q: Tensor, k: Tensor, v: Tensor, places: Places) -> Tensor:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from torchgraft.engines.attention.masks import Mask
 from torchgraft.engines.attention.rows import Rows
-from torchgraft.engines.attention.stages import Divided, Normalize, Score, Transform, learned, rebuilt
+from torchgraft.engines.attention.stages import Divided, Normalize, Score, Transform, heads_alike, learned, rebuilt
 from torchgraft.errors import BadInput
 
 __all__ = ["Pipeline", "Places", "attend_by_blocks", "default_scale", "weights_of"]
@@ -86,7 +86,7 @@ class Pipeline:
         """Return the output of a block: ... and (B, H, s, V) -> (B, H, t, V)."""
         sums: Tensor | None = None
         if isinstance(self.normalize, Divided):
-            weights, sums = self.normalize.parts(self.transformed(q, k, rows), rows)
+            weights, sums = self.normalize.parts_after(self.transform, self.score(q, k, self.scale), rows)
         else:
             weights = self.weights(q, k, rows)
         if self.dropout > 0.0:
@@ -107,10 +107,14 @@ def _stretch(first: int, last: int, mask: Mask | None, places: Places) -> tuple[
 
 
 def _blocks(pipeline: Pipeline, places: Places, size: int, *, causal: bool, overwrite: bool) -> Iterator[Rows]:
-    """Yield the blocks of ``size`` rows; ``causal`` says that the mask is the triangle and nothing else."""
+    """Yield the blocks of ``size`` rows, the last first; ``causal`` says that the mask is the triangle alone.
+
+    In a causal mask the last block is the largest: what it has allocated serves all others, where blocks that grow
+    would have new memory from the operating system each, page by page.
+    """
     mask, queries = pipeline.mask, len(places.query)
     ends = places.query.tolist() if places.ordered else []
-    for start in range(0, queries, size):
+    for start in reversed(range(0, queries, size)):
         stop = min(start + size, queries)
         begin, end = _stretch(ends[start], ends[stop - 1], mask, places) if ends else (0, len(places.key))
         rows = Rows(
@@ -142,6 +146,16 @@ def _size(q: Tensor, k: Tensor, mask: Mask | None) -> int:
     return max(_LEAST_ROWS, min(_MOST_ROWS, 1 << (wanted.bit_length() - 1)))
 
 
+def _one_by_one(pipeline: Pipeline, q: Tensor, k: Tensor) -> bool:
+    """Say whether heads go one after another: where all of them at once leave a block few rows, on the CPU.
+
+    The scores of one head and many rows stay in the cache, and are better matrix products than those of few rows.
+    """
+    stages = (pipeline.score, pipeline.transform, pipeline.normalize)
+    alike = q.device.type == "cpu" and pipeline.dropout == 0.0 and all(heads_alike(stage) for stage in stages)
+    return alike and _size(q[:, :1], k, pipeline.mask) > _size(q, k, pipeline.mask)
+
+
 def _refuse_hidden(pipeline: Pipeline, q: Tensor, k: Tensor, places: Places) -> None:
     """Refuse stages that hold tensors which want a gradient where :func:`learned` does not see them.
 
@@ -150,7 +164,7 @@ def _refuse_hidden(pipeline: Pipeline, q: Tensor, k: Tensor, places: Places) -> 
     """
     if not (q.shape[0] and q.shape[2] and k.shape[2]):
         return
-    seen, *_ = _blocks(replace(pipeline, dropout=0.0), places, 1, causal=False, overwrite=False)
+    seen = next(_blocks(replace(pipeline, dropout=0.0), places, 1, causal=False, overwrite=False))
     kept = pipeline.with_tensors(tuple(each.detach() for each in pipeline.tensors()))
     with torch.enable_grad():
         weights = kept.weights(q[:1, :, :1].detach(), k[:1, :, seen.keys].detach(), _first(seen))
@@ -208,9 +222,17 @@ class _Blocked(torch.autograd.Function):
 
 
 def _forward(pipeline: Pipeline, places: Places, size: int, causal: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = q.new_empty(*q.shape[:3], v.shape[-1])
+    out, heads = q.new_empty(*q.shape[:3], v.shape[-1]), [slice(0, q.shape[1])]
+    if _one_by_one(pipeline, q, k):
+        size = max(size, _size(q[:, :1], k, pipeline.mask))
+        heads = [slice(head, head + 1) for head in range(q.shape[1])]
     for rows in _blocks(pipeline, places, size, causal=causal, overwrite=True):
-        out[:, :, rows.queries] = pipeline.mixed(q[:, :, rows.queries], k[:, :, rows.keys], v[:, :, rows.keys], rows)
+        for some in heads:
+            part = rows
+            if len(heads) > 1 and rows.seen is not None and rows.seen.ndim > 2 and rows.seen.shape[-3] > 1:
+                part = replace(rows, seen=rows.seen[..., some, :, :])
+            given = (q[:, some, rows.queries], k[:, some, rows.keys], v[:, some, rows.keys])
+            out[:, some, rows.queries] = pipeline.mixed(*given, part)
     return out
 
 
@@ -259,7 +281,7 @@ def _checkpointed(
     for rows in _blocks(pipeline, places, size, causal=causal, overwrite=False):
         parts = (q[:, :, rows.queries], k[:, :, rows.keys], v[:, :, rows.keys])
         mixed.append(checkpoint(pipeline.mixed, *parts, rows, use_reentrant=False))
-    return torch.cat(mixed, dim=2) if mixed else q.new_empty(*q.shape[:3], v.shape[-1])
+    return torch.cat(mixed[::-1], dim=2) if mixed else q.new_empty(*q.shape[:3], v.shape[-1])
 
 
 def weights_of(pipeline: Pipeline, q: Tensor, k: Tensor, places: Places) -> Tensor:

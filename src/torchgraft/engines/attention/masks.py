@@ -8,16 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchgraft.engines.attention.pair import Pair, picked
 from torchgraft.engines.attention.rows import Rows
 from torchgraft.errors import BadInput
 
-__all__ = ["Both", "Causal", "Given", "Mask", "Padding", "Window", "as_mask"]
+__all__ = ["Both", "Causal", "Either", "Given", "Mask", "Padding", "Window", "as_mask"]
 
 
 class Mask(ABC):
     """Says for a block of rows who sees whom.
 
-    Two masks joined by ``&`` leave the pairs that both leave.
+    Two masks joined by ``&`` leave the pairs that both leave, joined by ``|`` those that one of them leaves. A mask
+    that also defines ``of_pair``, the same for a single pair, can be used by kernels of pairs without a table.
     """
 
     #: How far before and after its own position a query sees at most; ``None`` where there is no limit.
@@ -39,10 +41,17 @@ class Mask(ABC):
     def __and__(self, other: Mask) -> Mask:
         return Both(self, other)
 
+    def __or__(self, other: Mask) -> Mask:
+        return Either(self, other)
+
 
 def _nearer(left: int | None, right: int | None) -> int | None:
     known = [each for each in (left, right) if each is not None]
     return min(known) if known else None
+
+
+def _farther(left: int | None, right: int | None) -> int | None:
+    return None if left is None or right is None else max(left, right)
 
 
 class Both(Mask):
@@ -69,6 +78,30 @@ class Both(Mask):
             part.check(batch, heads, queries, keys)
 
 
+class Either(Mask):
+    """What at least one of two masks leaves.
+
+    Args:
+        first: one of them.
+        second: the other.
+    """
+
+    def __init__(self, first: Mask, second: Mask) -> None:
+        self.parts = (first, second)
+        self.behind = _farther(first.behind, second.behind)
+        self.ahead = _farther(first.ahead, second.ahead)
+
+    def seen(self, rows: Rows) -> Tensor:
+        """Return True where one of them may see."""
+        first, second = self.parts
+        return first.seen(rows) | second.seen(rows)
+
+    def check(self, batch: int, heads: int, queries: int, keys: int) -> None:
+        """Refuse what one of them refuses."""
+        for part in self.parts:
+            part.check(batch, heads, queries, keys)
+
+
 class Causal(Mask):
     """A query sees keys at its own position and before it."""
 
@@ -77,6 +110,10 @@ class Causal(Mask):
     def seen(self, rows: Rows) -> Tensor:
         """Return True where the key stands no later than the query."""
         return rows.distance() >= 0
+
+    def of_pair(self, at: Pair) -> Tensor:
+        """Return whether the key stands no later."""
+        return at.distance() >= 0
 
 
 class Window(Mask):
@@ -98,6 +135,10 @@ class Window(Mask):
         """Return True where the key is near enough."""
         return rows.distance().abs() <= (self.behind or 0)
 
+    def of_pair(self, at: Pair) -> Tensor:
+        """Return whether the key is near enough."""
+        return at.distance().abs() <= (self.behind or 0)
+
 
 @dataclass(frozen=True)
 class Padding(Mask):
@@ -112,6 +153,10 @@ class Padding(Mask):
     def seen(self, rows: Rows) -> Tensor:
         """Return True where the key is real."""
         return self.valid[:, None, None, rows.keys]
+
+    def of_pair(self, at: Pair) -> Tensor:
+        """Return whether the key is real."""
+        return picked(self.valid, at.batch, at.key)
 
     def check(self, batch: int, heads: int, queries: int, keys: int) -> None:
         """Refuse another batch or number of keys."""
@@ -133,6 +178,10 @@ class Given(Mask):
         """Return the rows of the table."""
         part = self.table if self.table.shape[-2] == 1 else self.table[..., rows.queries, :]
         return part if part.shape[-1] == 1 else part[..., rows.keys]
+
+    def of_pair(self, at: Pair) -> Tensor:
+        """Return what the table says."""
+        return at.of(self.table)
 
     def check(self, batch: int, heads: int, queries: int, keys: int) -> None:
         """Refuse a table that does not broadcast."""

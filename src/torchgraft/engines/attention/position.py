@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchgraft.engines.attention.pair import Pair
 from torchgraft.engines.attention.rows import Rows
 from torchgraft.engines.attention.stages import Stage
 
@@ -39,6 +40,10 @@ class Alibi(Stage):
         away = rows.distance().abs().to(s.dtype)
         return s - self.slopes.to(s.dtype)[:, None, None] * away
 
+    def of_pair(self, s: Tensor, at: Pair) -> Tensor:
+        """Return the biased score of one pair."""
+        return s - self.slopes[at.head].to(s.dtype) * at.distance().abs().to(s.dtype)
+
 
 @dataclass(frozen=True, eq=False)
 class Harmonic(Stage):
@@ -55,3 +60,23 @@ class Harmonic(Stage):
         away = rows.distance().abs()
         table = harmonic_numbers(int(away.max()) + 1 if away.numel() else 1, like=s)
         return s - self.slopes.to(s.dtype)[:, None, None] * table[away]
+
+    def for_pairs(self, query_place: Tensor, key_place: Tensor, dtype: torch.dtype) -> Stage:
+        """Return the same bias with its numbers written out, in ``dtype``, for the distances that occur."""
+        most = 0
+        if query_place.numel() and key_place.numel():
+            ends = [int(end) for place in (query_place, key_place) for end in torch.aminmax(place)]
+            most = max(ends[1] - ends[2], ends[3] - ends[0], 0)
+        return _HarmonicPairs(self.slopes, harmonic_numbers(most + 1, like=self.slopes.detach().to(dtype)))
+
+
+@dataclass(frozen=True, eq=False)
+class _HarmonicPairs(Stage):
+    """:class:`Harmonic` for single pairs."""
+
+    slopes: Tensor  # (H,)
+    numbers: Tensor  # (most + 1,)
+
+    def of_pair(self, s: Tensor, at: Pair) -> Tensor:
+        """Return the biased score of one pair."""
+        return s - self.slopes[at.head].to(s.dtype) * self.numbers[at.distance().abs()].to(s.dtype)

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchgraft.engines.attention.pair import Pair
 from torchgraft.engines.attention.rows import Rows
 from torchgraft.engines.native import library
 
@@ -39,8 +41,12 @@ __all__ = [
     "Unnormalized",
     "dot",
     "exp",
+    "heads_alike",
+    "is_pointwise",
     "learned",
     "l1",
+    "pointwise",
+    "ready_for_pairs",
     "rebuilt",
     "relu",
     "sigmoid",
@@ -55,6 +61,35 @@ Score: TypeAlias = "Callable[[Tensor, Tensor, float], Tensor]"
 Transform: TypeAlias = "Callable[[Tensor, Rows], Tensor]"
 #: Transformed scores (B, H, t, s) and what is known of the block -> weights, zero where a key may not be seen.
 Normalize: TypeAlias = "Callable[[Tensor, Rows], Tensor]"
+_Function = TypeVar("_Function", bound="Transform")
+_POINTWISE: set[Any] = set()
+
+
+def pointwise(function: _Function) -> _Function:
+    """Mark a function that turns every score by itself into a weight of 0 or more, so that kernels of pairs can use it.
+
+    Of the rows it may ask ``visible()`` and ``distance()``, and nothing else.
+
+    Example:
+        >>> @pointwise
+        ... def squares(s, rows):
+        ...     return s * s
+        >>> is_pointwise(squares)
+        True
+    """
+    _POINTWISE.add(function)
+    return function
+
+
+def is_pointwise(function: object) -> bool:
+    """Return whether ``function`` was marked by :func:`pointwise`."""
+    return not isinstance(function, Stage) and function in _POINTWISE
+
+
+def ready_for_pairs(stage: Any, query_place: Tensor, key_place: Tensor, dtype: torch.dtype) -> Any:
+    """Return ``stage`` with what it looks up for these positions written out, where it looks up anything."""
+    make = getattr(stage, "for_pairs", None)
+    return stage if make is None else make(query_place, key_place, dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +123,21 @@ def rebuilt(stage: Any, tensors: Iterator[Tensor]) -> Any:
         fields = {each.name: rebuilt(getattr(stage, each.name), tensors) for each in dataclasses.fields(stage)}
         return dataclasses.replace(stage, **fields)
     return stage
+
+
+def heads_alike(stage: object) -> bool:
+    """Say whether ``stage`` is known to do the same to every head, so that heads may go one after another.
+
+    Example:
+        >>> heads_alike(softplus), heads_alike(Tempered(torch.ones(1, 2, 1, 1))), heads_alike(lambda s, rows: s)
+        (True, False, False)
+    """
+    if isinstance(stage, Chain):
+        return all(heads_alike(part) for part in stage.parts)
+    if isinstance(stage, Reweighted):
+        return heads_alike(stage.first)
+    plain = type(stage) in (Dot, Gaussian, Softmax, Unnormalized, L1)
+    return plain or any(stage is known for known in (None, sigmoid, relu, softplus, exp))
 
 
 def _rows_of(value: Tensor, rows: Rows) -> Tensor:
@@ -126,6 +176,10 @@ class Chain(Stage):
             s = part(s, rows)
         return s
 
+    def for_pairs(self, query_place: Tensor, key_place: Tensor, dtype: torch.dtype) -> Chain:
+        """Return the chain with each part made ready for single pairs."""
+        return Chain(tuple(ready_for_pairs(part, query_place, key_place, dtype) for part in self.parts))
+
 
 @dataclass(frozen=True, eq=False)
 class Tempered(Stage):
@@ -143,6 +197,10 @@ class Tempered(Stage):
         part = part[..., rows.keys] if part.ndim and part.shape[-1] != 1 else part
         return s.mul_(part) if rows.overwrite else s * part
 
+    def of_pair(self, s: Tensor, at: Pair) -> Tensor:
+        """Return the tempered score of one pair."""
+        return s * at.of(self.inverse).to(s.dtype)
+
 
 @dataclass(frozen=True, eq=False)
 class Shifted(Stage):
@@ -159,32 +217,53 @@ class Shifted(Stage):
         part = _rows_of(self.bias, rows)
         return s.add_(part) if rows.overwrite else s + part
 
+    def of_pair(self, s: Tensor, at: Pair) -> Tensor:
+        """Return the shifted score of one pair."""
+        return s + at.of(self.bias).to(s.dtype)
 
+
+@pointwise
 def sigmoid(s: Tensor, rows: Rows) -> Tensor:
     """Return 1 / (1 + e^-s)."""
     return s.sigmoid_() if rows.overwrite else s.sigmoid()
 
 
+@pointwise
 def relu(s: Tensor, rows: Rows) -> Tensor:
     """Return max(s, 0)."""
     return s.relu_() if rows.overwrite else s.relu()
 
 
+@pointwise
 def softplus(s: Tensor, rows: Rows) -> Tensor:
     """Return log(1 + e^s), exact for small and for large scores alike."""
-    fast = rows.overwrite and s.device.type == "cpu" and s.dtype == torch.float32 and s.numel() > 0
-    return _fast_softplus(s) if fast and not torch.compiler.is_compiling() else F.softplus(s)
+    return _fast_softplus(s) if _may_be_fast(s, rows) else F.softplus(s)
+
+
+def _may_be_fast(s: Tensor, rows: Rows) -> bool:
+    plain = s.device.type == "cpu" and s.dtype == torch.float32 and s.numel() > 0
+    return rows.overwrite and plain and not torch.compiler.is_compiling()
+
+
+def _compiled_softplus(s: Tensor, sums: Tensor | None = None) -> bool:
+    """Write log(1 + e^s) over ``s`` and the sums of its rows into ``sums``, or say that this cannot be done here."""
+    made = library(Path(__file__).with_name("kernel.cpp"))
+    if made is None or not s.is_contiguous():
+        return False
+    given = [ctypes.c_void_p(None if value is None else value.data_ptr()) for value in (s, sums)]
+    size = s.shape[-1]
+    shape = [ctypes.c_int64(s.numel() // size), ctypes.c_int64(size)]
+    made.torchgraft_softplus(*given, *shape, torch.get_num_threads())
+    return True
 
 
 def _fast_softplus(s: Tensor) -> Tensor:
     """Write log(1 + e^s) over ``s``, in float32 on the CPU: 1e-6 of the value exact down to e^-87, and lower nothing.
 
-    In one compiled pass where a compiler is at hand, which is exact to 2e-7. Torch's own is slower in any case, and
+    In one compiled pass where a compiler is at hand, which is exact to 3e-7. Torch's own is slower in any case, and
     much slower where squares of e^s are too small to be normal numbers.
     """
-    made = library(Path(__file__).with_name("kernel.cpp"))
-    if made is not None and s.is_contiguous():
-        made.torchgraft_softplus(ctypes.c_void_p(s.data_ptr()), ctypes.c_int64(s.numel()), torch.get_num_threads())
+    if _compiled_softplus(s):
         return s
     least, most = (float(end) for end in torch.aminmax(s))
     if least > -28.0 and most < 80.0:
@@ -195,6 +274,7 @@ def _fast_softplus(s: Tensor) -> Tensor:
     return torch.maximum(s, u.add_(one_more.log_()), out=s)
 
 
+@pointwise
 def exp(s: Tensor, rows: Rows) -> Tensor:
     """Return e^s; for scores that are bounded from above, as those of :class:`Gaussian` are."""
     return s.exp_() if rows.overwrite else s.exp()
@@ -232,6 +312,10 @@ class Divided(Stage, ABC):
         weights, sums = self.parts(s, rows)
         return weights.div_(sums) if rows.overwrite else weights / sums
 
+    def parts_after(self, transform: Transform | None, s: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Return :meth:`parts` of transformed scores; a place to do both in one pass."""
+        return self.parts(s if transform is None else transform(s, rows), rows)
+
 
 @dataclass(frozen=True, eq=False)
 class L1(Divided):
@@ -249,6 +333,14 @@ class L1(Divided):
         """Return the scores, and their sums."""
         weights = rows.hide(s, 0.0)
         return weights, (weights.abs() if self.signed else weights).sum(-1, keepdim=True) + self.eps
+
+    def parts_after(self, transform: Transform | None, s: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Return the transformed scores, and their sums; softplus sums its rows while it makes them."""
+        if transform is softplus and _may_be_fast(s, rows):
+            s, sums = rows.hide(s, -math.inf), s.new_empty(*s.shape[:-1], 1)  # softplus makes zeros of them
+            if _compiled_softplus(s, sums):
+                return s, sums.add_(self.eps)
+        return super().parts_after(transform, s, rows)
 
 
 @dataclass(frozen=True, eq=False)

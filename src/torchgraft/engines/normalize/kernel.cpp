@@ -1,7 +1,7 @@
 // Passes of normalisation layers over float32 rows, compiled for the processor at hand; see native.py beside this file.
 //
-// Rows are contiguous. Sums of a row are taken in the lanes of vectors; column sums are kept for each thread and added in
-// the order of the threads, so that the same number of threads gives the same sums.
+// Rows are contiguous. Sums of a row are taken in the lanes of vectors; column sums are kept for each thread and added
+// in the order of the threads, so that the same number of threads gives the same sums.
 
 #include <omp.h>
 
@@ -9,7 +9,13 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 #include <vector>
+
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -35,6 +41,127 @@ inline float exponential(float x) {
 }
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// Rows that are worked on at once in sums over columns, which stay in registers meanwhile.
+constexpr int kRows = 8;
+
+// The stretch of rows of this thread.
+inline std::pair<int64_t, int64_t> stretch(int64_t rows) {
+  const int64_t thread = omp_get_thread_num(), all = omp_get_num_threads();
+  return {rows * thread / all, rows * (thread + 1) / all};
+}
+
+// Calls work(row, rows at once, thread) for kRows rows at once, and singly for the last ones of a thread.
+template <typename Work>
+void in_blocks(int64_t rows, int32_t threads, Work work) {
+#pragma omp parallel num_threads(threads)
+  {
+    auto [row, last] = stretch(rows);
+    for (; row + kRows <= last; row += kRows) work(row, std::integral_constant<int, kRows>{}, omp_get_thread_num());
+    for (; row < last; ++row) work(row, std::integral_constant<int, 1>{}, omp_get_thread_num());
+  }
+}
+
+// Asks for what lies kAhead numbers further on: one row is too short a stretch for the processor to foresee the next.
+constexpr int64_t kAhead = 2048;
+inline void ask_ahead(const float* from, int64_t size) {
+  for (int64_t i = 0; i < size; i += 16) __builtin_prefetch(from + kAhead + i, 0, 2);
+}
+
+// Outputs of more numbers than this outgrow the second-level cache. Their rows are written past the caches, so that no
+// memory is fetched only to be overwritten; reading them afterwards included, that takes less time.
+constexpr int64_t kPast = 1 << 20;
+inline void write_past(float* to, const float* row, int64_t size) {
+#ifdef __AVX__
+  if (reinterpret_cast<uintptr_t>(to) % 32 == 0 && size % 8 == 0) {
+    for (int64_t i = 0; i < size; i += 8) _mm256_stream_ps(to + i, _mm256_loadu_ps(row + i));
+    return;
+  }
+#endif
+  std::memcpy(to, row, size * sizeof(float));
+}
+
+// Rows that are worked off in their order; such blocks go from the last to the first, since the last rows of a pass
+// before are still in the cache.
+constexpr int64_t kBlock = 256;
+
+// Calls work(row, to, thread) for each row of an output of (rows, width); to is where the row goes.
+template <typename Work>
+void each_row(float* out, int64_t rows, int64_t width, int32_t threads, Work work) {
+  const bool past = rows * width > kPast;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> kept(past ? width : 0);
+    const auto [first, last] = stretch(rows);
+    for (int64_t end = last; end > first; end -= kBlock)
+      for (int64_t row = std::max(first, end - kBlock); row < end; ++row) {
+        float* to = out + row * width;
+        work(row, past ? kept.data() : to, omp_get_thread_num());
+        if (past) write_past(to, kept.data(), width);
+      }
+#ifdef __AVX__
+    _mm_sfence();
+#endif
+  }
+}
+
+// Sums over the columns, several sets for each thread.
+template <typename Number>
+struct Columns {
+  Columns(int32_t threads, int64_t sets, int64_t width)
+      : threads(threads), sets(sets), width(width), values(threads * sets * width) {}
+
+  Number* of(int64_t thread, int64_t set) { return values.data() + (thread * sets + set) * width; }
+
+  // The sum of all threads.
+  double total(int64_t set, int64_t column) {
+    double sum = 0.0;
+    for (int64_t thread = 0; thread < threads; ++thread) sum += of(thread, set)[column];
+    return sum;
+  }
+
+  int64_t threads, sets, width;
+  std::vector<Number> values;
+};
+
+// Mean and biased variance of each column: of eight rows in registers, as by the definition, then merged by the law of
+// total variance, so that columns far from zero lose nothing.
+void column_moments(const float* x, float* mean, float* var, int64_t rows, int64_t width, int32_t threads) {
+  Columns<double> sums(threads, 2, width);
+  std::vector<int64_t> seen(threads, 0);
+  in_blocks(rows, threads, [&](int64_t row, auto at_once, int64_t thread) {
+    constexpr int R = decltype(at_once)::value;
+    const int64_t size = width;
+    const float* from = x + row * size;
+    double *centre = sums.of(thread, 0), *spread = sums.of(thread, 1);
+    const double share = static_cast<double>(R) / (seen[thread] + R), cross = share * seen[thread];
+    seen[thread] += R;
+    ask_ahead(from, R * size);
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) {
+      float sum = 0.0f, square = 0.0f;
+      for (int r = 0; r < R; ++r) sum += from[r * size + i];
+      const float middle = sum / R;
+      for (int r = 0; r < R; ++r) square += (from[r * size + i] - middle) * (from[r * size + i] - middle);
+      const double off = middle - centre[i];
+      centre[i] += off * share;
+      spread[i] += square + off * off * cross;
+    }
+  });
+  for (int64_t i = 0; i < width; ++i) {
+    double centre = 0.0, spread = 0.0;
+    int64_t count = 0;
+    for (int32_t thread = 0; thread < threads; ++thread) {
+      if (seen[thread] == 0) continue;
+      count += seen[thread];
+      const double off = sums.of(thread, 0)[i] - centre, share = static_cast<double>(seen[thread]) / count;
+      centre += off * share;
+      spread += sums.of(thread, 1)[i] + off * off * share * (count - seen[thread]);
+    }
+    mean[i] = static_cast<float>(centre);
+    var[i] = static_cast<float>(spread / rows);
+  }
+}
 
 enum Kind : int32_t { affine = 0, larger = 1, gated = 2, silu = 3 };
 
@@ -185,172 +312,199 @@ void torchgraft_rows_backward(int32_t kind, const float* x, const float* grad, c
 
 // PowerNorm by running numbers: scale of each token and group (rows x groups; groups 0 for none), the weighted sum of
 // squares of every column, and y = x scale factor + shift.
-void torchgraft_power_forward(const float* x, const float* weight, const float* factor, const float* shift, float* scale,
-                              float* total, float* y, int64_t rows, int64_t width, int64_t groups, float eps,
+void torchgraft_power_forward(const float* x, const float* weight, const float* factor, const float* shift,
+                              float* scale, float* total, float* y, int64_t rows, int64_t width, int64_t groups, float eps,
                               int32_t threads) {
-  std::vector<float> sums(static_cast<size_t>(threads) * width, 0.0f);
-  const int64_t parts = std::max<int64_t>(groups, 1), size = width / parts;
-#pragma omp parallel num_threads(threads)
-  {
-    float* mine = sums.data() + static_cast<size_t>(omp_get_thread_num()) * width;
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; ++row) {
-      const float by = weight == nullptr ? 1.0f : weight[row];
-      for (int64_t part = 0; part < parts; ++part) {
-        const int64_t start = part * size;
-        const float* from = x + row * width + start;
-        float inverse = 1.0f;
-        if (groups > 0) {
-          float square = 0.0f;
+  Columns<float> sums(threads, 1, width);
+  each_row(y, rows, width, threads, [&](int64_t row, float* to, int64_t thread) {
+    const int64_t parts = std::max<int64_t>(groups, 1), size = width / parts;
+    const float by = weight == nullptr ? 1.0f : weight[row];
+    for (int64_t part = 0, start = 0; part < parts; ++part, start += size) {
+      const float *from = x + row * width + start, *f = factor + start, *s = shift + start;
+      float inverse = 1.0f;
+      if (groups > 0) {
+        float square = 0.0f;
 #pragma omp simd reduction(+ : square)
-          for (int64_t i = 0; i < size; ++i) square += from[i] * from[i];
-          inverse = 1.0f / std::sqrt(square / size + eps);
-          scale[row * groups + part] = inverse;
-        }
-        float* to = y + row * width + start;
-        float* into = mine + start;
-        const float *f = factor + start, *s = shift + start;
+        for (int64_t i = 0; i < size; ++i) square += from[i] * from[i];
+        inverse = 1.0f / std::sqrt(square / size + eps);
+        scale[row * groups + part] = inverse;
+      }
+      float *into = sums.of(thread, 0) + start, *out = to + start;
 #pragma omp simd
-        for (int64_t i = 0; i < size; ++i) {
-          const float piece = from[i] * inverse;
-          into[i] += by * piece * piece;
-          to[i] = piece * f[i] + s[i];
-        }
+      for (int64_t i = 0; i < size; ++i) {
+        const float piece = from[i] * inverse;
+        into[i] += by * piece * piece;
+        out[i] = piece * f[i] + s[i];
       }
     }
-  }
-  for (int64_t i = 0; i < width; ++i) {
-    float sum = 0.0f;
-    for (int32_t thread = 0; thread < threads; ++thread) sum += sums[static_cast<size_t>(thread) * width + i];
-    total[i] = sum;
-  }
+  });
+  for (int64_t i = 0; i < width; ++i) total[i] = static_cast<float>(sums.total(0, i));
 }
 
 // dx = grad push - x pull, through the scaling of tokens; along and upward are the column sums of grad x and of grad.
 void torchgraft_power_backward(const float* grad, const float* x, const float* scale, const float* push,
                                const float* pull, float* dx, float* along, float* upward, int64_t rows, int64_t width,
                                int64_t groups, int32_t threads) {
-  std::vector<float> sums(static_cast<size_t>(threads) * width * 2, 0.0f);
-  const int64_t parts = std::max<int64_t>(groups, 1), size = width / parts;
-#pragma omp parallel num_threads(threads)
-  {
-    float* first = sums.data() + static_cast<size_t>(omp_get_thread_num()) * width * 2;
-    float* second = first + width;
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t part = 0; part < parts; ++part) {
-        const int64_t start = part * size;
-        const float *from = x + row * width + start, *above = grad + row * width + start;
-        const float *p = push + start, *l = pull + start;
-        float *to = dx + row * width + start, *one = first + start, *two = second + start;
-        const float inverse = groups > 0 ? scale[row * groups + part] : 1.0f;
-        float mean = 0.0f;
+  Columns<float> sums(threads, 2, width);
+  each_row(dx, rows, width, threads, [&](int64_t row, float* to, int64_t thread) {
+    const int64_t parts = std::max<int64_t>(groups, 1), size = width / parts;
+    for (int64_t part = 0, start = 0; part < parts; ++part, start += size) {
+      const float *from = x + row * width + start, *above = grad + row * width + start;
+      const float *p = push + start, *l = pull + start;
+      float *out = to + start, *one = sums.of(thread, 0) + start, *two = sums.of(thread, 1) + start;
+      const float inverse = groups > 0 ? scale[row * groups + part] : 1.0f;
+      float mean = 0.0f;
 #pragma omp simd reduction(+ : mean)
-        for (int64_t i = 0; i < size; ++i) {
-          const float piece = from[i] * inverse;
-          one[i] += above[i] * piece;
-          two[i] += above[i];
-          const float into = above[i] * p[i] - piece * l[i];
-          mean += into * piece;
-          to[i] = into;
-        }
-        if (groups > 0) {
-          mean /= size;
+      for (int64_t i = 0; i < size; ++i) {
+        const float piece = from[i] * inverse, into = above[i] * p[i] - piece * l[i];
+        one[i] += above[i] * piece;
+        two[i] += above[i];
+        mean += into * piece;
+        out[i] = into;
+      }
+      if (groups > 0) {
+        mean /= size;
 #pragma omp simd
-          for (int64_t i = 0; i < size; ++i) to[i] = (to[i] - from[i] * inverse * mean) * inverse;
-        }
+        for (int64_t i = 0; i < size; ++i) out[i] = (out[i] - from[i] * inverse * mean) * inverse;
       }
     }
-  }
+  });
   for (int64_t i = 0; i < width; ++i) {
-    float sum = 0.0f, other = 0.0f;
-    for (int32_t thread = 0; thread < threads; ++thread) {
-      sum += sums[static_cast<size_t>(thread) * width * 2 + i];
-      other += sums[static_cast<size_t>(thread) * width * 2 + width + i];
-    }
-    along[i] = sum;
-    upward[i] = other;
+    along[i] = static_cast<float>(sums.total(0, i));
+    upward[i] = static_cast<float>(sums.total(1, i));
   }
 }
 
-// Two norms of tokens at once: y = lam ((x - mean_r) inverse_r weight + bias) + (1 - lam) (x factor + shift), with the mean
-// and the inverse deviation of each row r, which are returned, and the others a number a column.
-void torchgraft_blend_forward(const float* x, const float* weight, const float* bias, const float* factor,
-                              const float* shift, float* mean, float* inverse, float* y, int64_t rows, int64_t width,
-                              float lam, float eps, int32_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < rows; ++row) {
-    const float* from = x + row * width;
-    float* to = y + row * width;
+// The batch norm of columns with x added, z = gain (x - mean) / deviation + offset + eta x, and a layer norm of each
+// row r beside it: y = lam ((x - mean_r) inverse_r weight + bias) + (1 - lam) z. Without weight, lam is 0 and no row is
+// looked at. Returned besides y: mean_r and inverse_r (rows each), mean and variance of the columns (width each).
+void torchgraft_blend_forward(const float* x, const float* weight, const float* bias, const float* gain,
+                              const float* offset, const float* eta, float* row_mean, float* row_inverse, float* mean,
+                              float* var, float* y, int64_t rows, int64_t width, float lam, float row_eps, float eps,
+                              int32_t threads) {
+  column_moments(x, mean, var, rows, width, threads);
+  std::vector<float> factors(width), shifts(width);
+  const float rest = 1.0f - lam;
+  for (int64_t i = 0; i < width; ++i) {
+    const float scale = gain[i] / std::sqrt(var[i] + eps);
+    factors[i] = rest * (scale + *eta);
+    shifts[i] = rest * (offset[i] - mean[i] * scale) + (weight == nullptr ? 0.0f : lam * bias[i]);
+  }
+  each_row(y, rows, width, threads, [&](int64_t row, float* to, int64_t) {
+    const int64_t size = width;
+    const float *from = x + row * size, *factor = factors.data(), *shift = shifts.data(), *w = weight;
+    ask_ahead(from, size);
+    if (w == nullptr) {
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i) to[i] = from[i] * factor[i] + shift[i];
+      return;
+    }
     float sum = 0.0f, square = 0.0f;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < width; ++i) sum += from[i];
-    const float centre = sum / width;
+    for (int64_t i = 0; i < size; ++i) sum += from[i];
+    const float centre = sum / size;
 #pragma omp simd reduction(+ : square)
-    for (int64_t i = 0; i < width; ++i) square += (from[i] - centre) * (from[i] - centre);
-    const float over = 1.0f / std::sqrt(square / width + eps);
-    mean[row] = centre;
-    inverse[row] = over;
-    const float rest = 1.0f - lam;
+    for (int64_t i = 0; i < size; ++i) square += (from[i] - centre) * (from[i] - centre);
+    const float inverse = 1.0f / std::sqrt(square / size + row_eps), scale = lam * inverse;
+    row_mean[row] = centre;
+    row_inverse[row] = inverse;
 #pragma omp simd
-    for (int64_t i = 0; i < width; ++i)
-      to[i] = lam * ((from[i] - centre) * over * weight[i] + bias[i]) + rest * (from[i] * factor[i] + shift[i]);
-  }
+    for (int64_t i = 0; i < size; ++i)
+      to[i] = (from[i] - centre) * scale * w[i] + (from[i] * factor[i] + shift[i]);
+  });
 }
 
-// Column sums of grad, grad (x - centre) and grad (x - mean_r) inverse_r, and of each row the means of grad weight and
-// of grad weight (x - mean_r) inverse_r.
-void torchgraft_blend_sums(const float* grad, const float* x, const float* weight, const float* mean,
-                           const float* inverse, const float* middle, float* upward, float* along, float* across, float* first,
-                           float* second, int64_t rows, int64_t width, int32_t threads) {
-  std::vector<float> sums(static_cast<size_t>(threads) * width * 3, 0.0f);
-#pragma omp parallel num_threads(threads)
-  {
-    float* one = sums.data() + static_cast<size_t>(omp_get_thread_num()) * width * 3;
-    float *two = one + width, *three = two + width;
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; ++row) {
-      const float *from = x + row * width, *above = grad + row * width;
-      const float centre = mean[row], over = inverse[row];
+// The gradients of everything that goes into blend_forward, from what came out of it. Column sums first, of grad, of
+// grad (x - mean) and of grad (x - mean_r) inverse_r, with the means of grad weight and of grad weight (x - mean_r)
+// inverse_r in each row; then dx in a second pass.
+void torchgraft_blend_backward(const float* grad, const float* x, const float* weight, const float* gain,
+                               const float* eta, const float* row_mean, const float* row_inverse, const float* mean,
+                               const float* var, float* dx, float* to_weight, float* to_bias, float* to_gain,
+                               float* to_offset, float* to_eta, int64_t rows, int64_t width, float lam, float eps,
+                               int32_t threads) {
+  Columns<double> sums(threads, 3, width);
+  std::vector<float> firsts(rows), seconds(rows);
+  in_blocks(rows, threads, [&](int64_t row, auto at_once, int64_t thread) {
+    constexpr int R = decltype(at_once)::value;
+    const int64_t size = width;
+    const float *from = x + row * size, *above = grad + row * size, *w = weight, *middle = mean;
+    double *one = sums.of(thread, 0), *two = sums.of(thread, 1), *three = sums.of(thread, 2);
+    if (w == nullptr) {
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i) {
+        float a = 0.0f, b = 0.0f;
+        for (int r = 0; r < R; ++r) {
+          a += above[r * size + i];
+          b += above[r * size + i] * (from[r * size + i] - middle[i]);
+        }
+        one[i] += a;
+        two[i] += b;
+      }
+      return;
+    }
+    float centre[R], inverse[R];
+    for (int r = 0; r < R; ++r) {
+      const float *values = from + r * size, *into = above + r * size, off = row_mean[row + r];
       float a = 0.0f, b = 0.0f;
 #pragma omp simd reduction(+ : a, b)
-      for (int64_t i = 0; i < width; ++i) {
-        const float unit = (from[i] - centre) * over, through = above[i] * weight[i];
-        one[i] += above[i];
-        two[i] += above[i] * (from[i] - middle[i]);
-        three[i] += above[i] * unit;
-        a += through;
-        b += through * unit;
+      for (int64_t i = 0; i < size; ++i) {
+        a += into[i] * w[i];
+        b += into[i] * w[i] * (values[i] - off);
       }
-      first[row] = a / width;
-      second[row] = b / width;
+      centre[r] = off;
+      inverse[r] = row_inverse[row + r];
+      firsts[row + r] = a / size;
+      seconds[row + r] = b * inverse[r] / size;
     }
-  }
-  float* to[3] = {upward, along, across};
-  for (int64_t which = 0; which < 3; ++which)
-    for (int64_t i = 0; i < width; ++i) {
-      float sum = 0.0f;
-      for (int32_t thread = 0; thread < threads; ++thread)
-        sum += sums[(static_cast<size_t>(thread) * 3 + which) * width + i];
-      to[which][i] = sum;
-    }
-}
-
-// dx = lam inverse_r (grad weight - first_r - unit second_r) + grad push + x pull + add.
-void torchgraft_blend_backward(const float* grad, const float* x, const float* weight, const float* mean,
-                               const float* inverse, const float* first, const float* second, const float* push,
-                               const float* pull, const float* add, float* dx, int64_t rows, int64_t width, float lam,
-                               int32_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < rows; ++row) {
-    const float *from = x + row * width, *above = grad + row * width;
-    float* to = dx + row * width;
-    const float centre = mean[row], over = inverse[row], a = first[row], b = second[row];
 #pragma omp simd
-    for (int64_t i = 0; i < width; ++i) {
-      const float unit = (from[i] - centre) * over;
-      to[i] = lam * over * (above[i] * weight[i] - a - unit * b) + (above[i] * push[i] + from[i] * pull[i] + add[i]);
+    for (int64_t i = 0; i < size; ++i) {
+      float a = 0.0f, b = 0.0f, c = 0.0f;
+      for (int r = 0; r < R; ++r) {
+        const float g = above[r * size + i], value = from[r * size + i];
+        a += g;
+        b += g * (value - middle[i]);
+        c += g * ((value - centre[r]) * inverse[r]);
+      }
+      one[i] += a;
+      two[i] += b;
+      three[i] += c;
+    }
+  });
+  std::vector<float> pushes(width), pulls(width), adds(width);
+  double along_x = 0.0;
+  const double rest = 1.0 - lam;
+  for (int64_t i = 0; i < width; ++i) {
+    const double upward = sums.total(0, i), along = sums.total(1, i);
+    const double inverse = 1.0 / std::sqrt(static_cast<double>(var[i]) + eps), scale = gain[i] * inverse;
+    const double pull = -rest / rows * scale * inverse * inverse * along;
+    pushes[i] = static_cast<float>(rest * (scale + *eta));
+    pulls[i] = static_cast<float>(pull);
+    adds[i] = static_cast<float>(-rest / rows * scale * upward - pull * mean[i]);
+    to_gain[i] = static_cast<float>(rest * along * inverse);
+    to_offset[i] = static_cast<float>(rest * upward);
+    along_x += along + mean[i] * upward;
+    if (weight != nullptr) {
+      to_weight[i] = static_cast<float>(lam * sums.total(2, i));
+      to_bias[i] = static_cast<float>(lam * upward);
     }
   }
+  *to_eta = static_cast<float>(rest * along_x);
+  each_row(dx, rows, width, threads, [&](int64_t row, float* to, int64_t) {
+    const int64_t size = width;
+    const float *from = x + row * size, *above = grad + row * size, *w = weight;
+    const float *push = pushes.data(), *pull = pulls.data(), *add = adds.data();
+    if (w == nullptr) {
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i) to[i] = above[i] * push[i] + from[i] * pull[i] + add[i];
+      return;
+    }
+    const float centre = row_mean[row], scale = lam * row_inverse[row];
+    const float first = firsts[row], second = seconds[row] * row_inverse[row];
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) {
+      const float token = above[i] * w[i] - first - (from[i] - centre) * second;
+      to[i] = scale * token + (above[i] * push[i] + from[i] * pull[i] + add[i]);
+    }
+  });
 }
 }

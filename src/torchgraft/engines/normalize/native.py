@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,9 +39,8 @@ _PLACES = {
     "rows_backward": "i pppppp ll i",
     "power_forward": "ppppppp lll f i",
     "power_backward": "pppppppp lll i",
-    "blend_forward": "pppppppp ll ff i",
-    "blend_sums": "ppppppppppp ll i",
-    "blend_backward": "ppppppppppp ll f i",
+    "blend_forward": "ppppppppppp ll fff i",
+    "blend_backward": "ppppppppppppppp ll ff i",
 }
 _TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int32, "f": ctypes.c_float}
 
@@ -146,48 +145,61 @@ def power_backward(
 
 
 def blend_forward(
-    x: Tensor, weight: Tensor, bias: Tensor, factor: Tensor, shift: Tensor, *, lam: float, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return lam layer_norm(x) + (1 - lam)(x factor + shift) of tokens (N, D), and each token's mean and 1 / deviation.
+    x: Tensor,
+    token: tuple[Tensor, Tensor] | None,
+    channel: tuple[Tensor, Tensor, Tensor],
+    *,
+    lam: float,
+    eps: tuple[float, float],
+) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return lam LN(x) + (1 - lam)(BN(x) + eta x), mean and 1 / deviation of tokens, and mean and variance of columns.
 
     Args:
         x: (N, D).
-        weight, bias: of the layer norm, (D,).
-        factor, shift: (D,).
+        token: weight and bias of the layer norm, (D,); ``None`` where there is none, and lam is 0.
+        channel: gain and offset of the batch norm, (D,), and eta, ().
         lam: the share of the layer norm.
-        eps: of the layer norm.
+        eps: of both.
     """
-    y, mean, inverse = torch.empty_like(x), x.new_empty(len(x)), x.new_empty(len(x))
-    held = (value.contiguous() for value in (weight, bias, factor, shift))
-    _call("blend_forward", x, *held, mean, inverse, y, *x.shape, lam, eps)
-    return y, mean, inverse
+    weight, bias = (None, None) if token is None else (value.contiguous() for value in token)
+    rows, width = x.shape
+    y, columns = torch.empty_like(x), (x.new_empty(width), x.new_empty(width))
+    tokens = x.new_empty(rows), x.new_empty(rows)
+    held = (value.contiguous() for value in channel)
+    _call("blend_forward", x, weight, bias, *held, *tokens, *columns, y, rows, width, lam, *eps)
+    return y, tokens, columns
 
 
 def blend_backward(
     grad: Tensor,
     x: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    inverse: Tensor,
-    centre: Tensor,
-    through: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
+    weight: Tensor | None,
+    gain: Tensor,
+    eta: Tensor,
+    tokens: tuple[Tensor, Tensor],
+    columns: tuple[Tensor, Tensor],
     *,
     lam: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradient of ``x``, and the columns' sums of grad, grad (x - centre) and grad (x - mean) inverse.
+    eps: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, weight, bias, gain, offset and eta of :func:`blend_forward`.
 
     Args:
         grad, x: (N, D).
-        weight: of the layer norm, (D,).
-        mean, inverse: of each token, from :func:`blend_forward`.
-        centre: of each column, (D,).
-        through: takes the sums of grad and of grad (x - centre), and returns ``(push, pull, add)``, (D,)
-            each: what the column part adds to the gradient of ``x`` is grad push + x pull + add.
+        weight: of the layer norm, (D,), or ``None`` where there is none.
+        gain, eta: of the batch norm, (D,), and ().
+        tokens, columns: what :func:`blend_forward` has returned.
         lam: the share of the layer norm.
+        eps: of the batch norm.
     """
-    columns = [x.new_empty(x.shape[1]) for _ in range(3)]
-    first, second, dx = torch.empty_like(mean), torch.empty_like(mean), torch.empty_like(x)
-    _call("blend_sums", grad, x, weight, mean, inverse, centre.contiguous(), *columns, first, second, *x.shape)
-    push, pull, add = (value.contiguous() for value in through(columns[0], columns[1]))
-    _call("blend_backward", grad, x, weight, mean, inverse, first, second, push, pull, add, dx, *x.shape, lam)
-    return dx, columns[0], columns[1], columns[2]
+    weight = None if weight is None else weight.contiguous()
+    dx, to_gain, to_offset, to_eta = (
+        torch.empty_like(x),
+        torch.empty_like(gain),
+        torch.empty_like(gain),
+        torch.empty_like(eta),
+    )
+    to_weight, to_bias = (None, None) if weight is None else (torch.empty_like(weight), torch.empty_like(weight))
+    given = (grad, x, weight, gain.contiguous(), eta, *tokens, *columns)
+    _call("blend_backward", *given, dx, to_weight, to_bias, to_gain, to_offset, to_eta, *x.shape, lam, eps)
+    return dx, to_weight, to_bias, to_gain, to_offset, to_eta

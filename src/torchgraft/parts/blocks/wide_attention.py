@@ -5,11 +5,11 @@ product of layers L and heads a layer H at a constant A, and the size of a head,
 
 Equation: ``x <- x + W_O concat_h Attn_h(LN x), x <- x + FFN(LN x)`` in each of L layers, L H = A
 
-Departures: of the paper's ten attentions two are here, softmax and the linear one with features elu + 1; projections of
-attentions have no bias, so that their number of parameters is the same for every member of a family, and tokens are
-pooled by their maximum, which a miniature learns from sooner than from a first token. The surgery that
-merges the layers of a trained model is ours: a wide layer is exactly the sum of narrow ones on the same input, and
-trained layers do not read the same input.
+Departures: of the paper's ten attentions (``ATTENTIONS``) the claim runs two, softmax and the linear one with features
+elu + 1; what the other eight leave out is said in ``aspect_attentions``. Projections of attentions have no bias, so
+that their number of parameters is the same for every member of a family, and tokens are pooled by their maximum, which
+a miniature learns from sooner than from a first token. The surgery that merges the layers of a trained model is ours: a
+wide layer is exactly the sum of narrow ones on the same input, and trained layers do not read the same input.
 """
 
 from __future__ import annotations
@@ -33,6 +33,18 @@ from torchgraft.engines.residual import Widen, obstacle
 from torchgraft.engines.residual.parallel import calls, checked_spans
 from torchgraft.engines.surgery.edits import apply_edits
 from torchgraft.errors import BadInput, nearest
+from torchgraft.parts.blocks.aspect_attentions import (
+    AspectAttention,
+    BigBirdAttention,
+    LinformerAttention,
+    LocalAttention,
+    LongformerAttention,
+    PerformerAttention,
+    SinkhornAttention,
+    SparseAttention,
+    SynthesizerAttention,
+    mixed_by_features,
+)
 
 __all__ = [
     "ATTENTIONS",
@@ -57,10 +69,13 @@ CARD = Card(
     equation="x <- x + W_O concat_{h <= A/L} Attn_h(LN x); x <- x + FFN(LN x), L times",
     entry="compare_aspect",
     oracles=(
-        "attentions have 4 d_model A d_head parameters for every L, and from L layers to 1 the total falls by "
-        "(L - 1)(2 d_model d_ff + d_ff + d_model) and two norms a layer, exactly",
+        "attentions have 4 d_model A d_head parameters for every L, and A times what a head has of its own (Linformer "
+        "2 R context, Sinkhorn d_head a block, Synthesizer d_head context in the place of its keys); from L layers to "
+        "1 the total falls by (L - 1)(2 d_model d_ff + d_ff + d_model) and two norms a layer, exactly",
         "the sum over heads of W_O^(h) o_h equals the concatenated projection, and a wide layer of the heads of two "
-        "narrow ones their summed outputs on the same input, to 1e-12 in float64, softmax and linear",
+        "narrow ones their summed outputs on the same input, to 1e-12 in float64, all ten types",
+        "each sparse or approximate type at its limit is softmax attention: a window over all, Linformer with the "
+        "identity, Performer over many features, Sinkhorn with one block; Synthesizer's weights see no other token",
         "merged layers of a model compute the sums of their parts on the same input",
     ),
     claim=Claim(
@@ -98,26 +113,37 @@ class LinearAttention(Attention):
         q, k = F.elu(q) + 1, F.elu(k) + 1
         if mask is not None:
             k = k * mask.transpose(-1, -2)
-        if self.causal:
-            scores = (q @ k.transpose(-1, -2)).tril()  # (B, H, T, T)
-            y = scores @ v / scores.sum(-1, keepdim=True)
-        else:
-            y = q @ (k.transpose(-1, -2) @ v) / (q @ k.sum(-2).unsqueeze(-1))
+        y = mixed_by_features(q, k, v, causal=self.causal)
         mixed: Tensor = self.out(y.transpose(1, 2).flatten(2))
         return mixed
 
 
-ATTENTIONS: dict[str, type[Attention]] = {"softmax": Attention, "linear": LinearAttention}
+ATTENTIONS: dict[str, type[Attention]] = {
+    "softmax": Attention,
+    "linear": LinearAttention,
+    "local": LocalAttention,
+    "longformer": LongformerAttention,
+    "bigbird": BigBirdAttention,
+    "sparse": SparseAttention,
+    "linformer": LinformerAttention,
+    "performer": PerformerAttention,
+    "sinkhorn": SinkhornAttention,
+    "synthesizer": SynthesizerAttention,
+}
 
 
 class _Layer(nn.Module):
     """Pre-norm attention whose heads need not fill the width, and a feed-forward part."""
 
-    def __init__(self, d_model: int, num_heads: int, d_head: int, d_ff: int, kind: str, causal: bool) -> None:
+    def __init__(
+        self, d_model: int, num_heads: int, d_head: int, d_ff: int, kind: str, causal: bool, context: int
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(d_model)
         self.attn = _sized(ATTENTIONS[kind](d_model, 1, causal=causal), d_model, num_heads, d_head)
         self.attn.num_heads = num_heads
+        if isinstance(self.attn, AspectAttention):
+            self.attn.prepare(context)
         self.norm2 = nn.LayerNorm(d_model)
         self.mlp = FeedForward(d_model, d_ff)
 
@@ -136,7 +162,8 @@ class WideEncoder(nn.Module):
         d_model: the width D.
         d_head: size K of a head; H K need not equal D.
         d_ff: hidden width of the feed-forward parts.
-        attention: ``"softmax"`` or ``"linear"``.
+        attention: one of ``ATTENTIONS``: ``"softmax"``, ``"linear"``, ``"local"``, ``"longformer"``, ``"bigbird"``,
+            ``"sparse"``, ``"linformer"``, ``"performer"``, ``"sinkhorn"`` or ``"synthesizer"``.
         vocabulary: number of symbols.
         context: the longest sequence.
         classes: number of answers.
@@ -152,7 +179,7 @@ class WideEncoder(nn.Module):
         torch.Size([2, 3])
 
     Raises:
-        BadInput: a size is below 1, or the attention is unknown.
+        BadInput: a size is below 1, or the attention is unknown or has no causal form.
     """
 
     def __init__(
@@ -178,10 +205,15 @@ class WideEncoder(nn.Module):
         if attention not in ATTENTIONS:
             known = list(ATTENTIONS)
             raise BadInput(f"attention must be one of {known}, got {attention!r}{nearest(attention, known)}")
+        two_ways = getattr(ATTENTIONS[attention], "two_ways", "")
+        if causal and two_ways:
+            raise BadInput(f"attention {attention!r} has no causal form: {two_ways}; causal must be False")
         self.num_heads, self.causal = num_heads, causal
         self.embed = nn.Embedding(vocabulary, d_model)
         self.position = nn.Parameter(torch.randn(1, context, d_model) * spread)
-        self.layers = nn.ModuleList(_Layer(d_model, num_heads, d_head, d_ff, attention, causal) for _ in range(layers))
+        self.layers = nn.ModuleList(
+            _Layer(d_model, num_heads, d_head, d_ff, attention, causal, context) for _ in range(layers)
+        )
         self.norm = nn.LayerNorm(d_model)
         self.head = nn.Linear(d_model, classes)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from torchgraft.catalogue import Card
-from torchgraft.engines.attention import Mask, Rows, attend, relu, unnormalized
+from torchgraft.engines.attention import Mask, Rows, attend, pointwise, relu, unnormalized
 from torchgraft.engines.attention.mixer import AttentionMixer
 
 __all__ = ["CARD", "ReluAttention", "attention", "mean_relu"]
@@ -45,6 +45,7 @@ CARD = Card(
 )
 
 
+@pointwise
 def mean_relu(s: Tensor, rows: Rows) -> Tensor:
     """Return max(s, 0) / n, n the number of keys that the row sees: scores -> unnormalised weights."""
     share = rows.visible().clamp_min(1).to(s.dtype).reciprocal()

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from torchgraft.catalogue import Card
 from torchgraft.catalogue.card import Claim
-from torchgraft.engines.attention import Mask, Rows, Transform, attend, sigmoid, unnormalized
+from torchgraft.engines.attention import Mask, Rows, Transform, attend, pointwise, sigmoid, unnormalized
 from torchgraft.engines.attention.mixer import AttentionMixer
 from torchgraft.errors import BadInput
 
@@ -63,6 +63,7 @@ CARD = Card(
 )
 
 
+@pointwise
 def log_count_sigmoid(s: Tensor, rows: Rows) -> Tensor:
     """Return sigmoid(s - log n), n the number of keys that the row sees: scores -> unnormalised weights."""
     bias = rows.visible().clamp_min(1).to(s.dtype).log()

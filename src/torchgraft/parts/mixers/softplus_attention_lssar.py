@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from torchgraft.catalogue import Card
 from torchgraft.catalogue.card import Claim
-from torchgraft.engines.attention import L1, Chain, Mask, Normalize, Reweighted, Rows, Stage, attend, softplus
+from torchgraft.engines.attention import L1, Chain, Mask, Normalize, Pair, Reweighted, Rows, Stage, attend, softplus
 from torchgraft.engines.attention.mixer import AttentionMixer
 from torchgraft.errors import BadInput
 
@@ -81,6 +81,10 @@ class LogScaled(Stage):
         """Return the scaled scores."""
         factor = rows.visible().clamp_min(1).to(s.dtype).log() * math.log(self.size)
         return s.mul_(factor) if rows.overwrite else s * factor
+
+    def of_pair(self, s: Tensor, at: Pair) -> Tensor:
+        """Return the scaled score of one pair."""
+        return s * at.visible().clamp_min(1).to(s.dtype).log() * math.log(self.size)
 
 
 def attention(

@@ -97,45 +97,34 @@ class _Shortcut(torch.autograd.Function):
 
 
 class _Blend(torch.autograd.Function):
-    """lam LN(x) + (1 - lam)(BN(x) + eta x) of rows (N, C) in the few passes of the compiled kernels."""
+    """lam LN(x) + (1 - lam)(BN(x) + eta x) of rows (N, C) in four compiled passes, with the batch's moments, (C,)."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
         gain: Tensor,
         offset: Tensor,
         eta: Tensor,
-        mean: Tensor,
-        var: Tensor,
         eps: tuple[float, float],
         lam: float,
-    ) -> Tensor:
-        deviation = torch.sqrt(var + eps[1])
-        factor, shift = gain / deviation + eta, offset - mean * gain / deviation
-        y, centre, inverse = native.blend_forward(x, weight, bias, factor, shift, lam=lam, eps=eps[0])
-        ctx.save_for_backward(x, weight, gain, eta, mean, deviation, centre, inverse)
-        ctx.lam = lam
-        return y
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        token = None if weight is None or bias is None else (weight, bias)
+        y, tokens, columns = native.blend_forward(x, token, (gain, offset, eta), lam=lam, eps=eps)
+        ctx.save_for_backward(x, weight, gain, eta, *tokens, *columns)
+        ctx.lam, ctx.eps = lam, eps[1]
+        ctx.mark_non_differentiable(*columns)
+        return y, *columns
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, gain, eta, mean, deviation, centre, inverse = ctx.saved_tensors
-        lam, rest, count = ctx.lam, 1.0 - ctx.lam, len(x)
-        scale = gain / deviation
-
-        def through(upward: Tensor, along: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            pull = -rest / count * scale / deviation.square() * along
-            return rest * (scale + eta), pull, -rest / count * scale * upward - pull * mean
-
-        dx, upward, along, across = native.blend_backward(
-            grads[0].contiguous(), x, weight, centre, inverse, mean, through, lam=lam
-        )
-        to_eta = rest * (along + mean * upward).sum()
-        return dx, lam * across, lam * upward, rest * along / deviation, rest * upward, to_eta, None, None, None, None
+        x, weight, gain, eta, *moments = ctx.saved_tensors
+        tokens, columns = (moments[0], moments[1]), (moments[2], moments[3])
+        given = (grads[0].contiguous(), x, weight, gain, eta, tokens, columns)
+        return *native.blend_backward(*given, lam=ctx.lam, eps=ctx.eps), None, None
 
 
 class RepBN(RunningNorm):
@@ -173,19 +162,28 @@ class RepBN(RunningNorm):
         if len(flat) < 2:
             raise BadInput(f"batch statistics need more than one value a channel, got an input of {tuple(x.shape)}")
         gain, offset = cast(Tensor, self.weight).to(flat.dtype), cast(Tensor, self.bias).to(flat.dtype)
-        mean, var = self.batch_moments(flat)
+        if native.usable(flat.detach(), *self.parameters()):
+            return self.blended(flat).view(x.shape).to(x.dtype)
+        mean, var = torch.batch_norm_update_stats(flat.detach(), None, None, 0.0)
+        self.note(mean, var, len(flat))
         y: Tensor = _Shortcut.apply(flat, gain, offset, self.eta.to(flat.dtype), mean, var, self.eps)  # type: ignore[no-untyped-call]
         return y.view(x.shape).to(x.dtype)
 
-    def batch_moments(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and variance of the columns of (N, C), and move the running ones towards them."""
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            mean, var = torch.batch_norm_update_stats(flat, None, None, 0.0)
-            share, more = cast(float, self.momentum), len(flat) / (len(flat) - 1)
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
-            self.running_var.lerp_((var * more).to(self.running_var.dtype), share)
-        return mean, var
+    def blended(self, flat: Tensor, token: nn.Module | None = None, *, lam: float = 0.0) -> Tensor:
+        """Return lam LN(x) + (1 - lam)(BN(x) + eta x) of rows (N, C) by the compiled passes; ``token`` is the LN."""
+        weight, bias, eps = (None, None, self.eps) if token is None else (token.weight, token.bias, token.eps)
+        given = (flat, weight, bias, self.weight, self.bias, self.eta, (eps, self.eps), lam)
+        y, mean, var = _Blend.apply(*given)  # type: ignore[no-untyped-call]
+        self.note(mean, var, len(flat))
+        return cast(Tensor, y)
+
+    @torch.no_grad()
+    def note(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """Move the running statistics towards mean and biased variance of ``count`` values a channel."""
+        self.num_batches_tracked.add_(1)
+        share = cast(float, self.momentum)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+        self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), share)
 
     def channel_affine(self) -> tuple[Tensor, Tensor]:
         """Return a and c, (C,) each, of y = a x + c in eval mode."""
@@ -250,12 +248,8 @@ class PRepBN(Norm):
         if x.numel():
             self.step.add_(1)
         both = 0.0 < lam < 1.0 and x.numel() > self.d_model
-        if both and native.usable(x.detach(), self.weight, self.bias, self.rep.eta):
-            flat = x.reshape(-1, self.d_model).contiguous()
-            moments, eps = self.rep.batch_moments(flat), (self.eps, self.rep.eps)
-            given = (self.weight, self.bias, self.rep.weight, self.rep.bias, self.rep.eta)
-            y: Tensor = _Blend.apply(flat, *given, *moments, eps, lam)  # type: ignore[no-untyped-call]
-            return y.view(x.shape)
+        if both and native.usable(x.detach(), *self.parameters()):
+            return self.rep.blended(x.reshape(-1, self.d_model).contiguous(), self, lam=lam).view(x.shape)
         rep: Tensor = self.rep(x)  # also where it counts for nothing: its statistics must be ripe when it does
         if lam == 0.0:
             return rep
