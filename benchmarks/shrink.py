@@ -192,7 +192,10 @@ def figure(cells: dict[str, Any], path: Path) -> None:
                 linewidths=0,
             )
         axis.set(xscale="log", yscale="log", xlabel="latency, of the original", ylabel="size, of the original")
-        for line, ticks in ((axis.xaxis, (0.4, 0.5, 0.6, 0.8, 1.0)), (axis.yaxis, (0.02, 0.05, 0.1, 0.2, 0.5, 1.0))):
+        for line, ticks in (
+            (axis.xaxis, (0.1, 0.15, 0.2, 0.3, 0.5, 1.0)),
+            (axis.yaxis, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)),
+        ):
             line.set_major_locator(FixedLocator(ticks))
             line.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             line.set_minor_locator(NullLocator())
