@@ -10,7 +10,8 @@ from typing import cast
 import pytest
 
 from torchgraft.engines.procedure import Procedure
-from torchgraft.fit.experience import known
+from torchgraft.fit import opening as first_choices
+from torchgraft.fit.experience import Known, known
 from torchgraft.fit.opening import COMBINED, LEAST, LITTLE, PRECISION, RUNGS, STARTUP, alone, ascent, descent
 from torchgraft.fit.plan import Plan
 from torchgraft.report.records import Trial
@@ -168,3 +169,15 @@ def test_each_alone_follows_by_price() -> None:
     prices = [known(key, 1).seconds / max(known(key, 1).gain(["latency"]), 0.01) for key in keys]
     assert prices == sorted(prices)
     assert keys[0] == "chain-of-layers"
+
+
+def test_a_large_step_costs_more_than_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {
+        "chain-of-layers": Known(kept=0.5, halvings={"latency": 2.0}, seconds=1.0),
+        "taylor-pruning": Known(kept=0.8, halvings={"latency": 1.0}, seconds=1.0),
+    }
+    monkeypatch.setattr(first_choices, "known", lambda key, expense: facts[key])
+    chosen = descent(plan_of(depth=["chain-of-layers"], width=["taylor-pruning"]), needs={"latency": 0.25})
+    assert chosen is not None
+    # By hand, two halvings: 0.5 in one step against 0.8^4 = 0.41; in proportion it would be 0.8^2 = 0.64.
+    assert set(chosen.procedures) == {"depth"}
