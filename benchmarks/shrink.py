@@ -200,8 +200,8 @@ def figure(cells: dict[str, Any], path: Path) -> None:
             line.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             line.set_minor_locator(NullLocator())
         found = [ratios(cells, name, arm) for arm in ("release", "first")]
-        words = ", ".join(f"{statistics.fmean(each):.2f}x" if each else "-" for each in found)
-        axis.set_title(f"{name}: volume {words}", fontsize=10)
+        words = [f"{statistics.fmean(each):.3g}x" if each else "-" for each in found]
+        axis.set_title(f"{name}: volume {words[0]} the release's,\n{words[1]} that of its procedures today", fontsize=9)
         axis.grid(alpha=0.25, which="both")
     axes[0][0].legend(title="large: falls by at most 0.01", fontsize=8, title_fontsize=8, frameon=False)
     for form in ("png", "svg"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import torchgraft
-from torchgraft.fit.finals import Finalist, _promising, _worth_recovering
+from torchgraft.fit.finalists import Finalist, promising, worth_recovering
 from torchgraft.fit.workshop import Workshop
 
 
@@ -70,9 +70,9 @@ def test_deep_cuts_that_recovery_can_mend_are_recovered_too() -> None:
     shop: Workshop = _Shop()  # type: ignore[assignment]
     mild, twin, deep = _Trial(1.0, 0.5), _Trial(0.99, 0.5), _Trial(0.9, 0.25)
     # By hand, 0.15 of a fall is left and a tenth lost is nothing kept: 1 x 1, 0.985 x 1, 0.85 x 2 halvings.
-    assert _worth_recovering(shop, [mild, twin, deep], 1) == [deep]  # type: ignore[list-item,comparison-overlap]
+    assert worth_recovering(shop, [mild, twin, deep], 1) == [deep]  # type: ignore[list-item,comparison-overlap]
     # Beside it mild adds 0.15 x 1, its twin less.
-    assert _worth_recovering(shop, [twin, mild, deep], 2) == [deep, mild]  # type: ignore[list-item,comparison-overlap]
+    assert worth_recovering(shop, [twin, mild, deep], 2) == [deep, mild]  # type: ignore[list-item,comparison-overlap]
 
 
 def test_endings_that_add_nothing_are_not_measured() -> None:
@@ -82,5 +82,5 @@ def test_endings_that_add_nothing_are_not_measured() -> None:
         return Finalist(name, ratio, {}, 0, torch.tensor([score]))  # type: ignore[arg-type]
 
     good, worse, small = one("good", 1.0, 0.5), one("worse", 0.95, 0.6), one("small", 0.95, 0.25)
-    assert _promising(shop, [good, worse, small], 2) == [good, small]
-    assert _promising(shop, [good, worse], 5) == [good, worse]
+    assert promising(shop, [good, worse, small], 2) == [good, small]
+    assert promising(shop, [good, worse], 5) == [good, worse]

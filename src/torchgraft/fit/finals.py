@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import optuna
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torchgraft.bench import meters
 from torchgraft.bench.meters.latency import interleaved
@@ -23,11 +21,9 @@ from torchgraft.bench.training import evaluate, evaluate_loss, paired_drop, scor
 from torchgraft.catalogue import registry
 from torchgraft.engines import recipe
 from torchgraft.engines.surgery.edits import history
-from torchgraft.errors import BadInput
 from torchgraft.fit import storage
-from torchgraft.fit.contribution import gains, promise
-from torchgraft.fit.pareto import front, hypervolume
-from torchgraft.fit.plan import check_combination
+from torchgraft.fit.finalists import ENDING_SHARE, Finalist, other_endings, promising, worth_recovering
+from torchgraft.fit.pareto import front
 from torchgraft.fit.search import MEASURE_SECONDS, Effort, Progress, run_trial, slot_seed, trial_folder
 from torchgraft.fit.workshop import NOISY, Choice, Workshop
 from torchgraft.report.records import Applied, Candidate, CostRecord, Interval, NotHelped, Trial
@@ -38,33 +34,7 @@ __all__ = ["Finalist", "decide", "not_helped"]
 WIDEST = 10
 #: Timing rounds at a time, and the width of a ratio's interval that is narrow enough to stop adding them.
 ROUNDS, PRECISE = 20, 0.04
-#: The strengths of precision procedures by which recovered models end otherwise, and the share of the recovery's time
-#: that this may take.
-ENDINGS, ENDING_SHARE = (0.8, 1.0), 0.15
 _logger = logging.getLogger("torchgraft")
-
-
-@dataclass
-class Finalist:
-    """One model at the end of a run.
-
-    Args:
-        name: ``"original"``, ``"trial-3"``, or ``"trial-3-recovered"``.
-        model: the finished model.
-        strengths: procedure key -> strength.
-        steps: recovery steps that it has had.
-        scores: validation score of every sample.
-        polished: whether it was recovered at length.
-        float_model: the model before its precision procedure, where it was recovered.
-    """
-
-    name: str
-    model: nn.Module
-    strengths: dict[str, float]
-    steps: int
-    scores: Tensor
-    polished: bool = False
-    float_model: nn.Module | None = None
 
 
 def _load(workshop: Workshop, folder: Path) -> nn.Module:
@@ -91,77 +61,6 @@ def _ranked(workshop: Workshop, study: optuna.Study) -> list[optuna.trial.Frozen
     if workshop.limits:
         complete = [t for t in complete if workshop.load(t.user_attrs["record"]["ratios"]) <= 1.0]
     return sorted(complete, key=lambda t: (-t.user_attrs["record"]["validation"], t.user_attrs[storage.SLOT]))
-
-
-def _worth_recovering(
-    workshop: Workshop, ranked: Sequence[optuna.trial.FrozenTrial], count: int
-) -> list[optuna.trial.FrozenTrial]:
-    """Return the trials that together promise the most volume, one after the other, once they are recovered.
-
-    A deep cut may be worth more than its score after a few steps says.
-    """
-    base = float(workshop.validation.mean())
-    records = [trial.user_attrs["record"] for trial in ranked]
-    hoped = [
-        promise(r["validation"], [r["ratios"][cost] for cost in workshop.costs], base, span=workshop.span)
-        for r in records
-    ]
-    chosen: list[int] = []
-    while len(chosen) < min(count, len(ranked)):
-        held = [hoped[index] for index in chosen]
-        rest = [index for index in range(len(ranked)) if index not in chosen]
-        chosen.append(max(rest, key=lambda index: (hypervolume([*held, hoped[index]]), -index)))
-    return [ranked[index] for index in chosen]
-
-
-def _endings(workshop: Workshop, polished: Sequence[Finalist], until: float) -> list[Finalist]:
-    """Return the recovered models with other precision procedures at their end than they were searched with.
-
-    The float model under a precision procedure is trained without it, so another ending costs no training.
-
-    Args:
-        workshop: what the run shares.
-        polished: recovered models.
-        until: time (monotonic) after which no more are made.
-    """
-    stage = workshop.plan.stages.get("precision", {})
-    found = []
-    for strength, key, finalist in itertools.product(ENDINGS, stage, polished):
-        own = {k: s for k, s in finalist.strengths.items() if k not in stage}
-        strengths = {**own, key: strength}
-        if strengths == finalist.strengths or not own or time.monotonic() > until:
-            continue
-        try:
-            check_combination(list(strengths))
-            model = workshop.finish(finalist.float_model or finalist.model, strengths, workshop.seed)
-            scores = workshop.score(model)
-        except BadInput:
-            continue  # refused beside what stands there
-        name = f"{finalist.name}-{key}-{strength:g}"
-        found.append(Finalist(name, model, strengths, finalist.steps, scores))
-    return found
-
-
-def _promising(workshop: Workshop, finalists: Sequence[Finalist], count: int) -> list[Finalist]:
-    """Return at most ``count`` of ``finalists`` that no other beats when quickly measured, in their order."""
-    if len(finalists) <= count:
-        return list(finalists)
-    quick = [workshop.quick_ratios(finalist.model) for finalist in finalists]
-    base = float(workshop.validation.mean())
-    means = [float(finalist.scores.mean()) for finalist in finalists]
-    points = [
-        gains(mean, [q[cost] for cost in workshop.costs], base, span=workshop.span)
-        for mean, q in zip(means, quick, strict=True)
-    ]
-    chosen: list[int] = []
-    while len(chosen) < count:
-        held = [points[index] for index in chosen]
-        rest = [index for index in range(len(points)) if index not in chosen]
-        best = max(rest, key=lambda index: (hypervolume([*held, points[index]]), -index))
-        if hypervolume([*held, points[best]]) <= hypervolume(held) and chosen:
-            break
-        chosen.append(best)
-    return [finalists[index] for index in sorted(chosen)]
 
 
 def _polish(
@@ -363,13 +262,13 @@ def decide(
     ranked = _ranked(workshop, study)
     worthy = ranked[: effort.finalists]
     if not workshop.limits:
-        worthy = _worth_recovering(workshop, ranked, effort.finalists)
+        worthy = worth_recovering(workshop, ranked, effort.finalists)
     finalists = [original, *_polish(workshop, worthy, effort, folder, progress, trials)]
     if not workshop.limits:
         progress(Progress("measure", "ending the recovered models otherwise", None, trials))
         until = time.monotonic() + ENDING_SHARE * (effort.polish_seconds or math.inf)
-        others = _endings(workshop, finalists[1:], until)
-        finalists += _promising(workshop, others, WIDEST - 2 - len(finalists))
+        others = other_endings(workshop, finalists[1:], until)
+        finalists += promising(workshop, others, WIDEST - 2 - len(finalists))
     progress(Progress("measure", "measuring side by side", None, trials))
     points = [
         (t.user_attrs["record"]["validation"], [t.user_attrs["record"]["ratios"][c] for c in workshop.costs])
