@@ -6,7 +6,7 @@ stands beside both. Outputs and gradients must be finite, and those of a norm th
 with it in the same run, or no time is printed. Ratios come from interleaved rounds, with the 95 % interval of their
 median; times of a shared machine mean nothing and are not printed.
 
-Run: ``python benchmarks/norms.py [--threads 2] [--rounds 15] [--out results/norms.json]``
+Run: ``python benchmarks/norms.py [--threads 2] [--rounds 31] [--out results/norms.json]``
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from paired import Call
+from paired import Call, keep_memory
 from paired import rounds as timed
 from torchgraft.bench.files import write_atomic
 from torchgraft.bench.meters.spread import interval
@@ -133,10 +133,11 @@ def main() -> None:
     """Measure, print and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--out", type=Path, default=Path("results/norms.json"))
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
+    keep_memory()
     record = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "torch": torch.__version__,

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torchgraft.bench.meters.spread import Ratio, interval
 
-__all__ = ["Call", "peak_bytes", "ratio", "reset_peak", "rounds", "shown"]
+__all__ = ["Call", "keep_memory", "peak_bytes", "ratio", "reset_peak", "rounds", "shown"]
 
 Call = Callable[[], object]
+
+
+def keep_memory() -> None:
+    """Let this process keep what it frees, where its C library can be told so.
+
+    Outputs of some MiB are handed back to the system else, now and then, and fetched again page by page: that takes
+    longer than a norm does, and falls on whichever call comes next.
+    """
+    trim, mapped, most = -1, -3, 1 << 25
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(trim, 1 << 30)
+        library.mallopt(mapped, most)
 
 
 def rounds(calls: Sequence[Call], count: int) -> list[list[float]]:

@@ -62,12 +62,6 @@ void in_blocks(int64_t rows, int32_t threads, Work work) {
   }
 }
 
-// Asks for what lies kAhead numbers further on: one row is too short a stretch for the processor to foresee the next.
-constexpr int64_t kAhead = 2048;
-inline void ask_ahead(const float* from, int64_t size) {
-  for (int64_t i = 0; i < size; i += 16) __builtin_prefetch(from + kAhead + i, 0, 2);
-}
-
 // Outputs of more numbers than this outgrow the second-level cache. Their rows are written past the caches, so that no
 // memory is fetched only to be overwritten; reading them afterwards included, that takes less time.
 constexpr int64_t kPast = 1 << 20;
@@ -124,9 +118,37 @@ struct Columns {
   std::vector<Number> values;
 };
 
+// Sixteen numbers side by side, in as many registers as the processor needs for them.
+typedef float Lanes __attribute__((vector_size(64)));
+constexpr int64_t kLanes = 16;
+
+// The sums over the columns of R rows at once, since one chain of additions would wait for each before the next.
+// value(r, i, at) is what row r adds at column i, where at(p) reads the number or the lanes at p.
+template <int R, typename Value>
+inline void row_sums(int64_t size, float* sums, Value value) {
+  Lanes held[R] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+      held[r] += value(r, i, [](const float* from) {
+        Lanes read;
+        std::memcpy(&read, from, sizeof read);
+        return read;
+      });
+  }
+  for (int r = 0; r < R; ++r) {
+    sums[r] = 0.0f;
+    for (int64_t lane = 0; lane < kLanes; ++lane) sums[r] += held[r][lane];
+    for (int64_t rest = i; rest < size; ++rest) sums[r] += value(r, rest, [](const float* from) { return *from; });
+  }
+}
+
 // Mean and biased variance of each column: of eight rows in registers, as by the definition, then merged by the law of
-// total variance, so that columns far from zero lose nothing.
-void column_moments(const float* x, float* mean, float* var, int64_t rows, int64_t width, int32_t threads) {
+// total variance, so that columns far from zero lose nothing. Where row_mean is given, while the rows are at hand also
+// their means and inverse deviations.
+void column_moments(const float* x, float* mean, float* var, float* row_mean, float* row_inverse, float row_eps,
+                    int64_t rows, int64_t width, int32_t threads) {
   Columns<double> sums(threads, 2, width);
   std::vector<int64_t> seen(threads, 0);
   in_blocks(rows, threads, [&](int64_t row, auto at_once, int64_t thread) {
@@ -136,7 +158,6 @@ void column_moments(const float* x, float* mean, float* var, int64_t rows, int64
     double *centre = sums.of(thread, 0), *spread = sums.of(thread, 1);
     const double share = static_cast<double>(R) / (seen[thread] + R), cross = share * seen[thread];
     seen[thread] += R;
-    ask_ahead(from, R * size);
 #pragma omp simd
     for (int64_t i = 0; i < size; ++i) {
       float sum = 0.0f, square = 0.0f;
@@ -146,6 +167,18 @@ void column_moments(const float* x, float* mean, float* var, int64_t rows, int64
       const double off = middle - centre[i];
       centre[i] += off * share;
       spread[i] += square + off * off * cross;
+    }
+    if (row_mean == nullptr) return;
+    float middle[R], squares[R];
+    row_sums<R>(size, middle, [&](int r, int64_t i, auto at) { return at(from + r * size + i); });
+    for (int r = 0; r < R; ++r) middle[r] /= size;
+    row_sums<R>(size, squares, [&](int r, int64_t i, auto at) {
+      const auto off = at(from + r * size + i) - middle[r];
+      return off * off;
+    });
+    for (int r = 0; r < R; ++r) {
+      row_mean[row + r] = middle[r];
+      row_inverse[row + r] = 1.0f / std::sqrt(squares[r] / size + row_eps);
     }
   });
   for (int64_t i = 0; i < width; ++i) {
@@ -382,7 +415,7 @@ void torchgraft_blend_forward(const float* x, const float* weight, const float* 
                               const float* offset, const float* eta, float* row_mean, float* row_inverse, float* mean,
                               float* var, float* y, int64_t rows, int64_t width, float lam, float row_eps, float eps,
                               int32_t threads) {
-  column_moments(x, mean, var, rows, width, threads);
+  column_moments(x, mean, var, weight == nullptr ? nullptr : row_mean, row_inverse, row_eps, rows, width, threads);
   std::vector<float> factors(width), shifts(width);
   const float rest = 1.0f - lam;
   for (int64_t i = 0; i < width; ++i) {
@@ -393,21 +426,12 @@ void torchgraft_blend_forward(const float* x, const float* weight, const float* 
   each_row(y, rows, width, threads, [&](int64_t row, float* to, int64_t) {
     const int64_t size = width;
     const float *from = x + row * size, *factor = factors.data(), *shift = shifts.data(), *w = weight;
-    ask_ahead(from, size);
     if (w == nullptr) {
 #pragma omp simd
       for (int64_t i = 0; i < size; ++i) to[i] = from[i] * factor[i] + shift[i];
       return;
     }
-    float sum = 0.0f, square = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < size; ++i) sum += from[i];
-    const float centre = sum / size;
-#pragma omp simd reduction(+ : square)
-    for (int64_t i = 0; i < size; ++i) square += (from[i] - centre) * (from[i] - centre);
-    const float inverse = 1.0f / std::sqrt(square / size + row_eps), scale = lam * inverse;
-    row_mean[row] = centre;
-    row_inverse[row] = inverse;
+    const float centre = row_mean[row], scale = lam * row_inverse[row];
 #pragma omp simd
     for (int64_t i = 0; i < size; ++i)
       to[i] = (from[i] - centre) * scale * w[i] + (from[i] * factor[i] + shift[i]);
@@ -442,19 +466,15 @@ void torchgraft_blend_backward(const float* grad, const float* x, const float* w
       }
       return;
     }
-    float centre[R], inverse[R];
+    const float *centre = row_mean + row, *inverse = row_inverse + row;
+    float pushed[R], turned[R];
+    row_sums<R>(size, pushed, [&](int r, int64_t i, auto at) { return at(above + r * size + i) * at(w + i); });
+    row_sums<R>(size, turned, [&](int r, int64_t i, auto at) {
+      return at(above + r * size + i) * at(w + i) * (at(from + r * size + i) - centre[r]);
+    });
     for (int r = 0; r < R; ++r) {
-      const float *values = from + r * size, *into = above + r * size, off = row_mean[row + r];
-      float a = 0.0f, b = 0.0f;
-#pragma omp simd reduction(+ : a, b)
-      for (int64_t i = 0; i < size; ++i) {
-        a += into[i] * w[i];
-        b += into[i] * w[i] * (values[i] - off);
-      }
-      centre[r] = off;
-      inverse[r] = row_inverse[row + r];
-      firsts[row + r] = a / size;
-      seconds[row + r] = b * inverse[r] / size;
+      firsts[row + r] = pushed[r] / size;
+      seconds[row + r] = turned[r] * inverse[r] / size;
     }
 #pragma omp simd
     for (int64_t i = 0; i < size; ++i) {
