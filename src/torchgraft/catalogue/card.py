@@ -41,7 +41,8 @@ CAPABILITIES = (
 )
 #: The order in which procedures may stand on one model; at most one procedure of each stage.
 #: "weights" is the form of single weights (sparse, binary, few values) under which the model goes on training.
-STAGES = ("mixer", "depth", "width", "rank", "weights", "precision")
+#: "norms" stands where their number is settled, before the weights take their form.
+STAGES = ("mixer", "depth", "width", "rank", "norms", "weights", "precision")
 
 _KEY = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
@@ -102,7 +103,7 @@ class Card(_Frozen):
     engine: tuple[str, ...] = ("none",)
     equation: str = Field(min_length=3)
     entry: str
-    stage: Literal["mixer", "depth", "width", "rank", "weights", "precision"] | None = None
+    stage: Literal["mixer", "depth", "width", "rank", "norms", "weights", "precision"] | None = None
     conflicts: dict[str, str] = {}
     capabilities: frozenset[str] = frozenset()
     declared: dict[str, str | float] = {}

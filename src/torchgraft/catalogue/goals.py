@@ -8,12 +8,12 @@ from torchgraft.errors import BadInput, nearest
 __all__ = ["GOALS", "serves"]
 
 _STRUCTURAL = frozenset({"depth", "width", "rank"})
-_ALL = _STRUCTURAL | {"weights", "precision"}
+_ALL = _STRUCTURAL | {"norms", "weights", "precision"}
 #: goal -> the stages whose procedures serve it.
 _STAGES = {
     "latency": _ALL | {"mixer"},
     "macs": _STRUCTURAL | {"mixer", "weights"},
-    "params": _STRUCTURAL | {"weights"},
+    "params": _STRUCTURAL | {"norms", "weights"},
     "memory": _STRUCTURAL | {"mixer"},
     "size": _ALL,
 }

@@ -57,6 +57,12 @@ def _changed(subject: Subject, tiny: Case, strength: float = 0.5) -> nn.Module:
     return private
 
 
+def _ended(subject: Subject, tiny: Case, changed: nn.Module) -> nn.Module:
+    """Return ``changed`` as it is once it is trained; ``changed`` itself where nothing is left to do."""
+    edits = _procedure(subject).ending(changed, tiny.task)
+    return apply_edits(changed, edits) if edits else changed
+
+
 def check_procedure_is_what_the_card_says(subject: Subject) -> None:
     """The entry is a Procedure that works without arguments, carries this card, and finds sound sites."""
     bare = subject.entry()
@@ -122,7 +128,7 @@ def check_cost_never_rises_with_strength(subject: Subject) -> None:
     for tiny in _cases(subject):
         series: dict[str, list[int]] = {}
         for strength in _STRENGTHS:
-            changed = _changed(subject, tiny, strength)
+            changed = _ended(subject, tiny, _changed(subject, tiny, strength))
             if subject.card.stage in ("weights", "precision"):
                 series.setdefault("bytes", []).append(size_of_tensors(changed.state_dict()))
             else:
@@ -158,16 +164,36 @@ def check_reload_gives_the_same_outputs(subject: Subject) -> None:
     """Edits through JSON on a fresh architecture, then the saved weights, give the same outputs bit for bit."""
     for tiny in _cases(subject):
         changed = _changed(subject, tiny)
-        records = json.loads(json.dumps([edit_to_record(edit) for edit in history(changed)]))
-        edits = [edit_from_record(record) for record in records]
-        require(tuple(edits) == history(changed), f"{tiny.name}: edits change on the way through JSON")
-        fresh = apply_edits(tiny.build(7), edits)
-        weights, _ = unpack_tensors(pack_tensors(changed.state_dict()))
-        missing = sorted(fresh.state_dict().keys() ^ weights.keys())
-        require(not missing, f"{tiny.name}: the rebuilt model and the saved weights differ in {missing[:4]}")
-        fresh.load_state_dict(weights)
-        same_state(changed, fresh, f"{tiny.name}: after reload")
-        same_output(output(changed, tiny.inputs), output(fresh.eval(), tiny.inputs), f"{tiny.name}: after reload")
+        ended = _ended(subject, tiny, changed)
+        for model in (changed, ended) if ended is not changed else (changed,):
+            _reload(tiny, model)
+
+
+def _reload(tiny: Case, changed: nn.Module) -> None:
+    records = json.loads(json.dumps([edit_to_record(edit) for edit in history(changed)]))
+    edits = [edit_from_record(record) for record in records]
+    require(tuple(edits) == history(changed), f"{tiny.name}: edits change on the way through JSON")
+    fresh = apply_edits(tiny.build(7), edits)
+    weights, _ = unpack_tensors(pack_tensors(changed.state_dict()))
+    missing = sorted(fresh.state_dict().keys() ^ weights.keys())
+    require(not missing, f"{tiny.name}: the rebuilt model and the saved weights differ in {missing[:4]}")
+    fresh.load_state_dict(weights)
+    same_state(changed, fresh, f"{tiny.name}: after reload")
+    same_output(output(changed, tiny.inputs), output(fresh.eval(), tiny.inputs), f"{tiny.name}: after reload")
+
+
+def check_ending_keeps_the_outputs(subject: Subject) -> None:
+    """What is left to be done to a trained model changes its outputs by less than 1e-5, and is done once."""
+    for tiny in _cases(subject):
+        for strength in (0.5, 1.0):
+            changed = _changed(subject, tiny, strength)
+            ended = _ended(subject, tiny, changed)
+            expected, found = output(changed, tiny.inputs), output(ended, tiny.inputs)
+            gap = (expected - found).abs().max().item() / max(1.0, expected.abs().max().item())
+            require(gap <= 1e-5, f"{tiny.name}: the ending moves the outputs by {gap:.3g} at strength {strength}")
+            require(not ended.training, f"{tiny.name}: the ended model trains")
+            again = _procedure(subject).ending(ended, tiny.task)
+            require(ended is changed or not again, f"{tiny.name}: an ended model has another ending: {again}")
 
 
 def check_deepcopy_keeps_outputs_and_history(subject: Subject) -> None:
@@ -361,6 +387,7 @@ CHECKS = (
             check_cost_never_rises_with_strength,
             check_ignored_modules_stay,
             check_reload_gives_the_same_outputs,
+            check_ending_keeps_the_outputs,
             check_deepcopy_keeps_outputs_and_history,
             check_eval_is_deterministic,
             check_bad_strength_is_refused,

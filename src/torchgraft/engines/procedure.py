@@ -97,3 +97,15 @@ class Procedure(ABC):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return apply_edits(model, self.plan(model, task, strength, ignore=ignore, seed=seed))
+
+    def ending(self, model: nn.Module, task: Task, *, ignore: Sequence[str] = ()) -> list[Edit]:
+        """Return what is left to do to a model of this procedure once it is trained; by default nothing.
+
+        It must not change what the model computes in eval mode.
+
+        Args:
+            model: a model that this procedure was applied to, in eval mode; it may not be changed.
+            task: where example inputs come from.
+            ignore: globs of module names that must stay as they are.
+        """
+        return []

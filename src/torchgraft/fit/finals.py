@@ -178,7 +178,7 @@ def _applied(workshop: Workshop, finalist: Finalist) -> list[Applied]:
         applied.append((card, strength, own))
     if applied and homes:  # edits whose home is an engine belong to the procedures that have none of their own
         shared = {module: words for own in homes.values() for module, words in own.items()}
-        by_stage = {"mixer": "linear attention", "depth": "layer", "width": "kept", "rank": "rank"}
+        by_stage = {"mixer": "linear attention", "depth": "layer", "width": "kept", "rank": "rank", "norms": "norm"}
         for card, _, own in applied:
             word = by_stage.get(card.stage or "", "")
             mine = {m: w for m, w in shared.items() if word and word in w}

@@ -20,6 +20,7 @@ from torchgraft.bench.task import Task
 from torchgraft.bench.training import evaluate
 from torchgraft.catalogue.card import STAGES
 from torchgraft.engines.distill import distill
+from torchgraft.engines.surgery.edits import Edit, apply_edits
 from torchgraft.errors import BadInput
 from torchgraft.fit.budget import Limit
 from torchgraft.fit.plan import Plan
@@ -158,11 +159,18 @@ class Workshop:
         return procedure.apply(model, self.task, strength, ignore=self.ignore, seed=seed)
 
     def finish(self, model: nn.Module, strengths: Mapping[str, float], seed: int) -> nn.Module:
-        """Return ``model`` with the precision procedure of ``strengths`` applied, if there is one."""
-        for key in self.plan.stages.get("precision", {}):
+        """Return ``model`` after what its procedures leave to its end, the precision procedure last."""
+        stage = self.plan.stages.get("precision", {})
+        for key in strengths:
+            if key not in stage and (edits := self._endings(model, key)):
+                model = apply_edits(model, edits)
+        for key in stage:
             if key in strengths:
                 return self._apply(model, key, strengths[key], seed)
         return model
+
+    def _endings(self, model: nn.Module, key: str) -> list[Edit]:
+        return self.plan.procedures[key].ending(model, self.task, ignore=self.ignore)
 
     def make(self, choice: Choice, seed: int) -> Made:
         """Apply ``choice``, its filler's strength solved so that the aimed-at cost is met with as little as possible.

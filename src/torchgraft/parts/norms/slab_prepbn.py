@@ -12,7 +12,6 @@ looks bad until lam is small.
 
 from __future__ import annotations
 
-import math
 from typing import Any, cast
 
 import torch
@@ -31,7 +30,15 @@ from torchgraft.engines.recurrence.mixer import Mixer
 from torchgraft.engines.surgery.swap import swap
 from torchgraft.errors import BadInput
 
-__all__ = ["CARD", "PRepBN", "RepBN", "SimplifiedLinearAttention", "convert_ln", "relu_attention"]
+__all__ = [
+    "CARD",
+    "PRepBN",
+    "RepBN",
+    "SimplifiedLinearAttention",
+    "convert_ln",
+    "from_layer_norm",
+    "relu_attention",
+]
 
 CARD = Card(
     key="slab-prepbn",
@@ -265,6 +272,31 @@ class PRepBN(Norm):
         return self.rep.fold_into(linear)
 
 
+def from_layer_norm(old: nn.Module, *, steps: int, momentum: float = 0.1) -> PRepBN:
+    """Return a :class:`PRepBN` with gain and shift of a layer norm over one axis, in its mode, dtype and place.
+
+    Args:
+        old: the layer norm.
+        steps: T, about the number of training steps.
+        momentum: share of a new batch in the running statistics.
+
+    Raises:
+        BadInput: it is no layer norm over one axis.
+    """
+    if not isinstance(old, nn.LayerNorm) or len(old.normalized_shape) != 1:
+        raise BadInput(f"a layer norm over one axis is expected, got {old}")
+    new = PRepBN(old.normalized_shape[0], steps=steps, momentum=momentum, eps=old.eps).train(old.training)
+    new.ndim = (2, 3)  # a model's last norm is often on one token a sample
+    anchor = next(old.parameters(), None)
+    if anchor is not None:
+        new.to(anchor.device, anchor.dtype)
+    with torch.no_grad():
+        for name, value in old.named_parameters(recurse=False):
+            new.get_parameter(name).copy_(value)
+            new.rep.get_parameter(name).copy_(value)
+    return new
+
+
 def convert_ln(model: nn.Module, *, steps: int, momentum: float = 0.1) -> nn.Module:
     """Replace every layer norm over one axis by a :class:`PRepBN` with its gain and shift, in place; return the model.
 
@@ -282,18 +314,7 @@ def convert_ln(model: nn.Module, *, steps: int, momentum: float = 0.1) -> nn.Mod
     """
 
     def build(old: nn.Module, _: str) -> nn.Module:
-        if not isinstance(old, nn.LayerNorm):
-            raise BadInput(f"a layer norm is expected, got {type(old).__name__}")
-        new = PRepBN(math.prod(old.normalized_shape), steps=steps, momentum=momentum, eps=old.eps).train(old.training)
-        new.ndim = (2, 3)  # a model's last norm is often on one token a sample
-        anchor = next(old.parameters(), None)
-        if anchor is not None:
-            new.to(anchor.device, anchor.dtype)
-        with torch.no_grad():
-            for name, value in old.named_parameters(recurse=False):
-                new.get_parameter(name).copy_(value)
-                new.rep.get_parameter(name).copy_(value)
-        return new
+        return from_layer_norm(old, steps=steps, momentum=momentum)
 
     for block in model.modules():
         leave_fast_path(block)
