@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,8 @@ def learn(names: tuple[str, ...], raw: Path) -> dict[str, Any]:
                     begun = time.monotonic()
                     row: dict[str, Any] = {"kept": 0.0, "halvings": dict.fromkeys(LEARNT, 0.0)}
                     try:
-                        trial, _ = run_trial(workshop, Choice({stage: (key, strength)}), effort, 0, [], None)
+                        spent = replace(effort, steps=0) if procedure.exact else effort  # nothing to recover from
+                        trial, _ = run_trial(workshop, Choice({stage: (key, strength)}), spent, 0, [], None)
                         halvings = {cost: -math.log2(max(trial.ratios[cost], 1e-9)) for cost in LEARNT}
                         row = {"kept": kept(trial, base), "halvings": halvings}
                     except Exception as error:  # a trial that fails gains nothing, in fit as well

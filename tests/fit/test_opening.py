@@ -21,8 +21,11 @@ COSTS = ("latency", "size")
 
 def plan_of(**stages: Sequence[str]) -> Plan:
     """A plan of real keys, whose procedures are never run."""
-    member = cast(Procedure, SimpleNamespace(expense=1))
-    return Plan({stage: dict.fromkeys(keys, member) for stage, keys in stages.items()})
+
+    def member(key: str) -> Procedure:
+        return cast(Procedure, SimpleNamespace(expense=1, exact=key == "norm-folding"))
+
+    return Plan({stage: {key: member(key) for key in keys} for stage, keys in stages.items()})
 
 
 def trial(number: int, procedures: dict[str, float], score: float, latency: float, size: float) -> Trial:
@@ -181,3 +184,37 @@ def test_a_large_step_costs_more_than_in_proportion(monkeypatch: pytest.MonkeyPa
     assert chosen is not None
     # By hand, two halvings: 0.5 in one step against 0.8^4 = 0.41; in proportion it would be 0.8^2 = 0.64.
     assert set(chosen.procedures) == {"depth"}
+
+
+def test_what_is_exact_is_in_every_combination_at_full_strength_and_never_alone() -> None:
+    plan = plan_of(width=["taylor-pruning"], norms=["norm-folding"], precision=["int8-dynamic"])
+    seen: list[Trial] = []
+    while (choice := ascent(plan, aims=COSTS, trials=seen)) is not None:
+        assert choice.procedures["norms"] == ("norm-folding", 1.0)
+        assert len(choice.procedures) > 1
+        seen.append(trial(len(seen), dict(choice.procedures.values()), 1.0, 0.5, 0.5))
+    widths = [t.procedures["taylor-pruning"] for t in seen if "taylor-pruning" in t.procedures]
+    assert sorted(set(widths)) == list(RUNGS)  # its own strength of 1 does not hide that of the others
+    under = descent(plan, needs={"latency": 0.5})
+    assert under is not None
+    assert under.procedures["norms"] == ("norm-folding", 1.0)
+    assert [set(choice.procedures) for choice in alone(plan, aims=["latency"])] in (
+        [{"width"}, {"precision"}],
+        [{"precision"}, {"width"}],
+    )
+    assert ascent(plan_of(norms=["norm-folding"]), aims=COSTS) is None
+    assert alone(plan_of(norms=["norm-folding"]), aims=COSTS) == []
+
+
+def test_the_other_procedures_of_its_stage_may_take_the_place_of_what_is_exact() -> None:
+    plan = plan_of(norms=["norm-folding", "norm-removal"], width=["taylor-pruning"])
+    first = ascent(plan, aims=COSTS)
+    assert first is not None
+    tried = [trial(0, dict(first.procedures.values()), 1.0, 0.5, 0.5)]
+    seen = {frozenset(first.procedures.values())}
+    while (choice := ascent(plan, aims=COSTS, trials=tried)) is not None:
+        seen.add(frozenset(choice.procedures.values()))
+        tried.append(trial(len(tried), dict(choice.procedures.values()), 1.0, 0.5, 0.5))
+    keys = [{key for key, _ in each} for each in seen]
+    assert any("norm-removal" in each for each in keys)
+    assert not any({"norm-removal", "norm-folding"} <= each for each in keys)

@@ -45,6 +45,8 @@ class Procedure(ABC):
     #: What a decision takes: 0 the weights alone, 1 a few passes over calibration samples, 2 many (a pass for each
     #: unit or level), 3 training. ``fit`` tries the cheaper ones of a stage first.
     expense: ClassVar[int] = 1
+    #: Whether the result computes what the model did, up to rounding; ``fit`` adds it to whatever else it tries.
+    exact: ClassVar[bool] = False
 
     def for_costs(self, costs: Sequence[str]) -> Procedure:
         """Return this procedure set up for a run in which only ``costs`` are measured; by default as it is.

@@ -6,6 +6,7 @@ the one whose budgets hold most (hypervolume over score and costs) is kept.
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import time
@@ -43,7 +44,8 @@ __all__ = ["AtBudget", "Family", "elastic_plan", "make_families", "fit_elastic",
 ELASTIC_SECONDS = 180.0
 #: Training steps where every cost is exact and no time is given.
 STEPS = 200
-_NO_LIMIT = 1_000_000
+#: Steps by which it is found out how many a given time allows.
+_TRIAL_STEPS = 9
 _logger = logging.getLogger("torchgraft")
 
 
@@ -142,6 +144,35 @@ def _resumed(workshop: Workshop, key: str, folder: Path) -> tuple[ElasticModule,
     return (model, written.recovery_steps) if isinstance(model, ElasticModule) else None
 
 
+def paced(procedure: ElasticProcedure, elastic: ElasticModule, task: Task, *, seconds: float, seed: int = 0) -> int:
+    """Return how many training steps ``seconds`` allow, at least one; the learning rate then falls within them.
+
+    A copy is trained for one step and for some; what training does beside its steps takes the same time in both.
+
+    Args:
+        procedure: what made ``elastic``.
+        elastic: the model; left as it was.
+        task: its task.
+        seconds: time for training.
+        seed: makes every random choice.
+    """
+    twin = copy.deepcopy(elastic)
+    begun = time.monotonic()
+
+    def spent(steps: int) -> tuple[int, float]:
+        start = time.monotonic()
+        return procedure.train(twin, task, steps=steps, seed=seed, deadline=start + seconds / 10), (
+            time.monotonic() - start
+        )
+
+    spent(1)  # the first step of all fills caches
+    _, one = spent(1)
+    taken, some = spent(_TRIAL_STEPS)
+    each = (some - one) / (taken - 1) if taken > 1 and some > one else some / max(taken, 1)
+    left = begun + seconds - time.monotonic() - max(one - each, 0.0)
+    return max(int(left / max(each, 1e-6)), 1)
+
+
 def make_families(
     workshop: Workshop,
     procedures: Mapping[str, ElasticProcedure],
@@ -171,10 +202,11 @@ def make_families(
             kept = _resumed(workshop, key, folder)
             if kept is None:
                 elastic = procedure.build(workshop.original, workshop.task, ignore=workshop.ignore, seed=workshop.seed)
-                steps, deadline = (STEPS, None) if seconds is None else (_NO_LIMIT, None)
-                if seconds is not None:
-                    left = max(seconds - (time.monotonic() - begun), 0.0)
-                    deadline = time.monotonic() + left / (len(procedures) - place)
+                steps, deadline = STEPS, None
+                if seconds is not None and training:
+                    share = max(seconds - (time.monotonic() - begun), 0.0) / (len(procedures) - place)
+                    deadline = time.monotonic() + share
+                    steps = paced(procedure, elastic, workshop.task, seconds=share, seed=workshop.seed)
                 taken = (
                     procedure.train(elastic, workshop.task, steps=steps, seed=workshop.seed, deadline=deadline)
                     if training

@@ -39,7 +39,7 @@ Keys = tuple[str, ...]
 def alone(plan: Plan, *, aims: Sequence[str], trials: Sequence[Trial] = (), original: float = 1.0) -> list[Choice]:
     """Return every procedure alone, by its price, which the trials so far decide too.
 
-    One that costs more than ``DEAR`` times the best of all is left to the sampler.
+    One that costs more than ``DEAR`` times the best of all is left to the sampler, and what is exact goes with all.
 
     Args:
         plan: what may be done.
@@ -53,8 +53,9 @@ def alone(plan: Plan, *, aims: Sequence[str], trials: Sequence[Trial] = (), orig
         )
         for stage, members in plan.stages.items()
         for key, procedure in members.items()
+        if not procedure.exact
     }
-    bound = DEAR * min(prices.values())
+    bound = DEAR * min(prices.values(), default=0.0)
     affordable = [place for place, cost in prices.items() if cost <= bound]
     return [Choice({stage: (key, REFERENCE)}) for stage, key in sorted(affordable, key=prices.__getitem__)]
 
@@ -69,11 +70,16 @@ def _halvings(facts: Sequence[Known], cost: str) -> float:
 
 
 def _combinations(plan: Plan, aims: Sequence[str], *, endings: int) -> list[Keys]:
-    """Return every allowed combination of the two cheapest procedures of each stage, of ``endings`` for precision."""
-    options = []
+    """Return every allowed combination of the two cheapest procedures of each stage, of ``endings`` for precision.
+
+    What is exact is in every one of them.
+    """
+    options: list[list[str | None]] = []
     for stage, members in plan.stages.items():
-        best = sorted(members, key=lambda key: price(key, members[key].expense, aims=aims))
-        options.append([None, *best[: endings if stage == "precision" else 2]])
+        best: list[str | None] = [*sorted(members, key=lambda key: price(key, members[key].expense, aims=aims))]
+        best = best[: endings if stage == "precision" else 2]
+        free = [key for key in members if members[key].exact]
+        options.append([*free, *(key for key in best if key not in free)] if free else [None, *best])
     found = []
     for picked in itertools.product(*options):
         keys = tuple(key for key in picked if key is not None)
@@ -81,7 +87,7 @@ def _combinations(plan: Plan, aims: Sequence[str], *, endings: int) -> list[Keys
             check_combination(keys)
         except BadInput:
             continue
-        if keys:
+        if any(not plan.procedures[key].exact for key in keys):
             found.append(keys)
     return found
 
@@ -116,7 +122,9 @@ def _put_right(guess: float, keys: Keys, credit: Mapping[str, float]) -> float:
 
 def _choice(plan: Plan, keys: Keys, strength: float, precision: float) -> Choice:
     stages = {key: stage for stage, members in plan.stages.items() for key in members}
-    return Choice({stages[k]: (k, precision if stages[k] == "precision" else strength) for k in keys})
+    full = {key for key in keys if plan.procedures[key].exact}
+    at = {k: 1.0 if k in full else precision if stages[k] == "precision" else strength for k in keys}
+    return Choice({stages[key]: (key, at[key]) for key in keys})
 
 
 def _seconds(plan: Plan, keys: Keys) -> float:
@@ -196,7 +204,12 @@ def ascent(
 
     def rung(trial: Trial) -> float:
         """The strength of a trial's float procedures, which is the same for all of them in an ascent."""
-        return min([s for key, s in trial.procedures.items() if stages.get(key) != "precision"], default=1.0)
+        dials = [
+            strength
+            for key, strength in trial.procedures.items()
+            if stages.get(key) != "precision" and not (key in plan.procedures and plan.procedures[key].exact)
+        ]
+        return min(dials, default=1.0)
 
     guessed = {}
     for keys in _combinations(plan, aims, endings=1):

@@ -97,9 +97,20 @@ def _sampled(trial: optuna.Trial, plan: Plan, *, budgeted: bool) -> Choice:
     return Choice(procedures, target)
 
 
+def _with_exact(choice: Choice, plan: Plan) -> Choice:
+    """Return ``choice`` with the procedures that change no output, in stages that it leaves free."""
+    exact = {
+        stage: (key, 1.0)
+        for stage, members in plan.stages.items()
+        for key, procedure in members.items()
+        if procedure.exact
+    }
+    return replace(choice, procedures={**exact, **choice.procedures})
+
+
 def _choose(trial: optuna.Trial, plan: Plan, slot: int, *, budgeted: bool) -> Choice:
     # The opening is sampled too, from a sampler that knows its answers, so that the study learns from it.
-    choice = _sampled(trial, plan, budgeted=budgeted)
+    choice = _with_exact(_sampled(trial, plan, budgeted=budgeted), plan)
     keys = [choice.procedures[stage][0] for stage in STAGES if stage in choice.procedures]
     while True:
         try:
@@ -119,7 +130,8 @@ def _first_choice(workshop: Workshop, trials: Sequence[Trial]) -> Choice | None:
     combined = descent(workshop.plan, needs=needs, trials=trials, original=score)
     if combined is not None:
         return combined
-    done = {frozenset(trial.procedures) for trial in trials}
+    procedures = workshop.plan.procedures
+    done = {frozenset(k for k in trial.procedures if not procedures[k].exact) for trial in trials}
     singles = alone(workshop.plan, aims=list(needs), trials=trials, original=score)
     return next((c for c in singles if frozenset(key for key, _ in c.procedures.values()) not in done), None)
 
