@@ -215,6 +215,7 @@ def learn(names: tuple[str, ...], raw: Path) -> dict[str, Any]:
 
     Procedures that train for themselves are measured on the first task only: a trial of theirs takes minutes.
     """
+    from torchgraft.catalogue.registry import entry, lookup
     from torchgraft.fit.experience import kept
 
     cells: dict[str, dict[str, Any]] = json.loads(raw.read_text(encoding="utf-8")) if raw.exists() else {}
@@ -246,8 +247,9 @@ def learn(names: tuple[str, ...], raw: Path) -> dict[str, Any]:
                 cells[f"{name}/{key}"] = {**best, "seconds": statistics.fmean(row["seconds"] for _, row in found)}
                 print(f"{name}: {key}: {cells[f'{name}/{key}']}", flush=True)
                 write_atomic(raw, json.dumps(cells, indent=1) + "\n")
+    dialled = {place: row for place, row in cells.items() if not entry(lookup(place.partition("/")[2])).exact}
     quickest = {
-        name: min(row["seconds"] for place, row in cells.items() if place.startswith(f"{name}/")) for name in names
+        name: min(row["seconds"] for place, row in dialled.items() if place.startswith(f"{name}/")) for name in names
     }
     rows: dict[str, list[dict[str, Any]]] = {}
     for place, row in cells.items():

@@ -218,3 +218,28 @@ def test_the_other_procedures_of_its_stage_may_take_the_place_of_what_is_exact()
     keys = [{key for key, _ in each} for each in seen]
     assert any("norm-removal" in each for each in keys)
     assert not any({"norm-removal", "norm-folding"} <= each for each in keys)
+
+
+def test_what_adds_a_procedure_begins_where_the_combination_was_worth_most() -> None:
+    plan = plan_of(depth=["chain-of-layers"], width=["taylor-pruning"], rank=["svd-truncation"])
+    first = ascent(plan, aims=COSTS)
+    assert first is not None
+    keys = {key for key, _ in first.procedures.values()}
+    seen: list[Trial] = []
+    # It gains up to the third rung and loses all at the fourth.
+    for rung, score in zip(RUNGS, (1.0, 1.0, 1.0, 0.0), strict=True):
+        seen.append(trial(len(seen), dict.fromkeys(keys, rung), score, 0.5**rung, 0.5**rung))
+    added = ascent(plan, aims=COSTS, trials=seen)
+    assert added is not None
+    fresh = {key for key, _ in added.procedures.values()} - keys
+    assert keys < {key for key, _ in added.procedures.values()}
+    assert len(fresh) == 1
+    assert {strength for _, strength in added.procedures.values()} == {RUNGS[2]}
+
+
+def test_what_adds_a_procedure_to_a_precision_alone_begins_at_the_first_rung() -> None:
+    plan = plan_of(width=["taylor-pruning"], precision=["int8-dynamic"])
+    done = trial(0, {"int8-dynamic": PRECISION}, 1.0, 1.0, 0.3)
+    chosen = ascent(plan, aims=COSTS, trials=[done])
+    assert chosen is not None
+    assert chosen.procedures["width"] == ("taylor-pruning", RUNGS[0])

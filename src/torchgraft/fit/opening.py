@@ -184,11 +184,10 @@ def ascent(
     """Return the next choice without a budget, or ``None`` once the sampler has enough to go by.
 
     A combination is worth the volume that a model would hold once it is recovered: the share of the score that is kept
-    times the halvings of each cost.
-    One that has been tried is expected to gain by the next of the strengths ``RUNGS`` in proportion, as long as the
-    last step up has gained; one that has lost everything may come again at half its strength. The most volume for the
-    time is next. One precision procedure stands for all, since
-    recovered models end in the others too.
+    times the halvings of each cost. One that has been tried is expected to gain by the next of the strengths ``RUNGS``
+    in proportion, as long as the last step up has gained; one that has lost everything may come again at half its
+    strength. One that adds a procedure to a combination that was tried begins where that was worth most. The most
+    volume for the time is next. One precision procedure stands for all, since recovered models end in the others too.
 
     Args:
         plan: what may be done.
@@ -202,14 +201,11 @@ def ascent(
         return None
     stages = {key: stage for stage, members in plan.stages.items() for key in members}
 
+    dialled = {key for key, p in plan.procedures.items() if stages[key] != "precision" and not p.exact}
+
     def rung(trial: Trial) -> float:
         """The strength of a trial's float procedures, which is the same for all of them in an ascent."""
-        dials = [
-            strength
-            for key, strength in trial.procedures.items()
-            if stages.get(key) != "precision" and not (key in plan.procedures and plan.procedures[key].exact)
-        ]
-        return min(dials, default=1.0)
+        return min([strength for key, strength in trial.procedures.items() if key in dialled], default=1.0)
 
     guessed = {}
     for keys in _combinations(plan, aims, endings=1):
@@ -218,11 +214,22 @@ def ascent(
     tried = _tried(plan, trials)
     credit = _credit({k: _volume(t[0], original, aims, span)[0] for k, t in tried.items() if k in guessed}, guessed)
 
+    def extension(keys: Keys, less: Keys) -> tuple[float, float]:
+        """Return the same for a combination that has not been tried, where it is ``less`` and one procedure more."""
+        fresh = _put_right(guessed[keys], keys, credit), RUNGS[0]
+        if not set(less) < set(keys) or len(keys) - len(less) != 1 or not dialled.intersection(less):
+            return fresh
+        volume, last = max((_volume(trial, original, aims, span)[0], rung(trial)) for trial in tried[less])
+        if volume == 0.0:
+            return fresh
+        times = fresh[0] / max(_put_right(guessed[less], less, credit), 1e-9)
+        return max(fresh, (volume * times, min(max(last, RUNGS[0]), RUNGS[-1])))
+
     def offer(keys: Keys) -> tuple[float, float] | None:
         """Return the volume that is expected of the next trial of a combination, and its strength."""
         members, expected = sorted(tried.get(keys, []), key=rung), _put_right(guessed[keys], keys, credit)
         if not members:
-            return expected, RUNGS[0]
+            return max([extension(keys, less) for less in tried if less in guessed], default=(expected, RUNGS[0]))
         volumes = [_volume(trial, original, aims, span)[0] for trial in members]
         lowest, last = rung(members[0]), rung(members[-1])
         if volumes[0] == 0.0 and RUNGS[0] / 4 < lowest < 1.0:

@@ -158,13 +158,15 @@ class FoldReader:
             replace_module(plain, name, cast(Folds, kinds[name]).folded())
         behind = tuple(pair for pair in norm_pairs(plain, example) if not any(ignored(name, ignore) for name in pair))
         gone = {norm for _, norm in behind}
+        left = [
+            name
+            for name, module in plain.named_modules()
+            if isinstance(module, (ChannelAffine, *BATCH_NORMS)) and name not in gone and not ignored(name, ignore)
+        ]
         ahead = tuple(
             (fold.name, fold.readers)
-            for fold in plan_folds(plain, example, affine=False)
-            if fold.readers
-            and fold.name not in gone
-            and isinstance(plain.get_submodule(fold.name), (ChannelAffine, *BATCH_NORMS))
-            and not any(ignored(name, ignore) for name in (fold.name, *fold.readers))
+            for fold in (plan_folds(plain, example, affine=False) if left else ())
+            if fold.name in left and fold.readers and not any(ignored(name, ignore) for name in fold.readers)
         )
         taken = {norm for norm, _ in ahead}
         lines = [n for n in replaced if n not in taken and isinstance(plain.get_submodule(n), ChannelAffine)]
