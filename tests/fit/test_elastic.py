@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,15 @@ import torch
 
 import torchgraft
 from torchgraft.bench.meters import macs
+from torchgraft.bench.task import Task
 from torchgraft.bench.tasks import load_task
+from torchgraft.elastic.sortednet import SortedNet
 from torchgraft.engines import recipe
 from torchgraft.engines.nesting import ElasticModule
 from torchgraft.errors import BadInput
 from torchgraft.fit import FitResult, Progress
 from torchgraft.fit.budget import parse_budget
-from torchgraft.fit.elastic import Family, _names, judged_by
+from torchgraft.fit.elastic import Family, _names, judged_by, paced
 from torchgraft.fit.plan import Plan
 from torchgraft.fit.workshop import Workshop
 
@@ -126,6 +129,92 @@ class _Close(ElasticModule):
 def test_budgets_that_lie_close_have_names_of_their_own() -> None:
     family = Family("toy", _Close((0.391, 0.394, 1.0)), 0, 0.0, {})
     assert list(_names(family).values()) == ["toy@0.391", "toy@0.394", "toy@1.000"]
+
+
+class _Clocked(SortedNet):
+    """Its training takes 3 s beside its steps and 0.5 s a step, by a clock of its own."""
+
+    def __init__(self, each: float = 0.5) -> None:
+        super().__init__()
+        self.now, self.each = 100.0, each
+        self.steps = 0
+
+    def train(
+        self, elastic: ElasticModule, task: Task, *, steps: int, seed: int = 0, deadline: float | None = None
+    ) -> int:
+        self.now += 3.0
+        taken = 0
+        while taken < steps and (deadline is None or self.now < deadline):
+            self.now += self.each
+            taken += 1
+        self.steps += taken
+        return taken
+
+
+@pytest.mark.parametrize("each", [0.5, 0.01, 30.0])
+def test_as_many_steps_are_planned_as_the_time_allows(
+    task_file: Path, monkeypatch: pytest.MonkeyPatch, each: float
+) -> None:
+    """The schedule of the learning rate is one of steps, so a limit that is never reached would leave it in warm-up."""
+    task = load_task(str(task_file))
+    procedure = _Clocked(each)
+    elastic = procedure.build(task.trained(), task)
+    monkeypatch.setattr("torchgraft.fit.elastic.time.monotonic", lambda: procedure.now)
+    steps = paced(procedure, elastic, task, seconds=100.0)
+    tried = procedure.steps
+    assert tried <= 11
+    assert procedure.train(elastic, task, steps=steps) == steps
+    left = 200.0 - procedure.now
+    assert -1e-6 <= left <= each + 1e-6 or steps == 1
+
+
+def test_without_time_one_step_is_planned_and_none_taken(task_file: Path) -> None:
+    task = load_task(str(task_file))
+    procedure = SortedNet()
+    elastic = procedure.build(task.trained(), task)
+    before = copy.deepcopy(elastic.state_dict())
+    assert paced(procedure, elastic, task, seconds=0.0) == 1
+    assert all(torch.equal(value, before[name]) for name, value in elastic.state_dict().items())
+
+
+TOWERS = """
+import torch
+from torchgraft import Task
+from torchgraft.bench.models import TwoTower
+from torchgraft.bench.tasks.stdlib_search import contrast, first_rank
+
+def task():
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(1, 64, (128, 5), generator=generator)
+    code = torch.cat([words[:, torch.randperm(5, generator=generator)], words[:, :2]], 1)
+    torch.manual_seed(0)
+    model = TwoTower(64, 5, 7, d_model=16, depth=3, num_heads=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(20):
+        optimizer.zero_grad()
+        contrast(model(words[:64], code[:64]), None).backward()
+        optimizer.step()
+    splits = [((words[a:b], code[a:b]), torch.arange(b - a)) for a, b in ((0, 64), (64, 96), (96, 128))]
+    return Task(model, *splits, loss=contrast, score=first_rank, batch_size=32)
+"""
+
+
+def test_towers_of_a_search_become_elastic(tmp_path: Path) -> None:
+    path = tmp_path / "towers.py"
+    path.write_text(TOWERS)
+    keys = ["two-d-matryoshka", "starbucks"]
+    result = _fit(path, tmp_path / "run", procedures=keys, max_drop=None)
+    assert {trial.state for trial in result.record.trials} == {"complete"}
+    assert [next(iter(trial.procedures)) for trial in result.record.trials] == keys
+    task = load_task(str(path))
+    again = recipe.apply(result.folder, task=task)
+    assert isinstance(again, ElasticModule)
+    assert isinstance(result.model, ElasticModule)
+    with torch.no_grad():
+        for budget in again.budgets:
+            wanted = result.model.set_budget(budget)(*task.val.inputs)
+            assert torch.equal(again.set_budget(budget)(*task.val.inputs), wanted)
+        torch.testing.assert_close(wanted, task.trained()(*task.val.inputs), atol=1e-6, rtol=0)
 
 
 def test_a_model_that_multiplies_less_and_takes_longer_is_not_kept(task_file: Path) -> None:

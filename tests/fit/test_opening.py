@@ -221,20 +221,23 @@ def test_the_other_procedures_of_its_stage_may_take_the_place_of_what_is_exact()
 
 
 def test_what_adds_a_procedure_begins_where_the_combination_was_worth_most() -> None:
-    plan = plan_of(depth=["chain-of-layers"], width=["taylor-pruning"], rank=["svd-truncation"])
-    first = ascent(plan, aims=COSTS)
-    assert first is not None
-    keys = {key for key, _ in first.procedures.values()}
-    seen: list[Trial] = []
+    plan = plan_of(depth=["chain-of-layers"], rank=["svd-truncation"])
     # It gains up to the third rung and loses all at the fourth.
-    for rung, score in zip(RUNGS, (1.0, 1.0, 1.0, 0.0), strict=True):
-        seen.append(trial(len(seen), dict.fromkeys(keys, rung), score, 0.5**rung, 0.5**rung))
+    seen = [
+        trial(number, {"chain-of-layers": rung}, score, 2 ** (-8 * rung), 2 ** (-8 * rung))
+        for number, (rung, score) in enumerate(zip(RUNGS, (1.0, 1.0, 1.0, 0.0), strict=True))
+    ]
     added = ascent(plan, aims=COSTS, trials=seen)
     assert added is not None
-    fresh = {key for key, _ in added.procedures.values()} - keys
-    assert keys < {key for key, _ in added.procedures.values()}
-    assert len(fresh) == 1
-    assert {strength for _, strength in added.procedures.values()} == {RUNGS[2]}
+    assert added.procedures == {"depth": ("chain-of-layers", RUNGS[2]), "rank": ("svd-truncation", RUNGS[2])}
+    # Where nothing was gained it begins from the bottom.
+    lost = [trial(0, {"chain-of-layers": RUNGS[0]}, 0.0, 0.5, 0.5), trial(1, {"chain-of-layers": 0.25}, 0.0, 0.5, 0.5)]
+    lost.append(trial(2, {"chain-of-layers": 0.125}, 0.0, 0.9, 0.9))
+    lost.append(trial(3, {"svd-truncation": RUNGS[0]}, 0.0, 0.5, 0.5))
+    lost += [trial(4, {"svd-truncation": 0.25}, 0.0, 0.5, 0.5), trial(5, {"svd-truncation": 0.125}, 0.0, 0.9, 0.9)]
+    fresh = ascent(plan, aims=COSTS, trials=lost)
+    assert fresh is not None
+    assert fresh.procedures == {"depth": ("chain-of-layers", RUNGS[0]), "rank": ("svd-truncation", RUNGS[0])}
 
 
 def test_what_adds_a_procedure_to_a_precision_alone_begins_at_the_first_rung() -> None:
