@@ -246,3 +246,27 @@ def test_what_adds_a_procedure_to_a_precision_alone_begins_at_the_first_rung() -
     chosen = ascent(plan, aims=COSTS, trials=[done])
     assert chosen is not None
     assert chosen.procedures["width"] == ("taylor-pruning", RUNGS[0])
+
+
+def test_another_procedure_of_the_stage_begins_where_the_first_was_worth_most() -> None:
+    plan = plan_of(width=["taylor-pruning", "magnitude-pruning"])
+    first = ascent(plan, aims=COSTS)
+    assert first is not None
+    ((key, _),) = first.procedures.values()
+    other = {"taylor-pruning": "magnitude-pruning", "magnitude-pruning": "taylor-pruning"}[key]
+    seen = [
+        trial(number, {key: rung}, score, 2 ** (-8 * rung), 2 ** (-8 * rung))
+        for number, (rung, score) in enumerate(zip(RUNGS, (1.0, 1.0, 0.0, 0.0), strict=True))
+    ]
+    chosen = ascent(plan, aims=COSTS, trials=seen)
+    assert chosen is not None
+    assert chosen.procedures == {"width": (other, RUNGS[1])}
+    # Two stages away it is another matter, of which nothing is known.
+    plan = plan_of(width=["taylor-pruning"], rank=["svd-truncation"])
+    seen = [
+        trial(number, {"taylor-pruning": rung}, score, 2 ** (-8 * rung), 2 ** (-8 * rung))
+        for number, (rung, score) in enumerate(zip(RUNGS, (1.0, 1.0, 0.0, 0.0), strict=True))
+    ]
+    seen.append(trial(4, {"taylor-pruning": RUNGS[1], "svd-truncation": RUNGS[1]}, 0.0, 0.5, 0.5))
+    chosen = ascent(plan, aims=COSTS, trials=seen)
+    assert chosen is None or chosen.procedures != {"rank": ("svd-truncation", RUNGS[1])}

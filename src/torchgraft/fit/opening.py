@@ -186,8 +186,8 @@ def ascent(
     A combination is worth the volume that a model would hold once it is recovered: the share of the score that is kept
     times the halvings of each cost. One that has been tried is expected to gain by the next of the strengths ``RUNGS``
     in proportion, as long as the last step up has gained; one that has lost everything may come again at half its
-    strength. One that adds a procedure to a combination that was tried begins where that was worth most. The most
-    volume for the time is next. One precision procedure stands for all, since recovered models end in the others too.
+    strength. One that differs from a combination that was tried by one procedure begins where that was worth most. The
+    most volume for the time is next. One precision procedure stands for all, since recovered models end in the others too.
 
     Args:
         plan: what may be done.
@@ -214,22 +214,29 @@ def ascent(
     tried = _tried(plan, trials)
     credit = _credit({k: _volume(t[0], original, aims, span)[0] for k, t in tried.items() if k in guessed}, guessed)
 
-    def extension(keys: Keys, less: Keys) -> tuple[float, float]:
-        """Return the same for a combination that has not been tried, where it is ``less`` and one procedure more."""
-        fresh = _put_right(guessed[keys], keys, credit), RUNGS[0]
-        if not set(less) < set(keys) or len(keys) - len(less) != 1 or not dialled.intersection(less):
-            return fresh
-        volume, last = max((_volume(trial, original, aims, span)[0], rung(trial)) for trial in tried[less])
-        if volume == 0.0:
-            return fresh
-        times = fresh[0] / max(_put_right(guessed[less], less, credit), 1e-9)
-        return max(fresh, (volume * times, min(max(last, RUNGS[0]), RUNGS[-1])))
+    def beside(keys: Keys, other: Keys) -> bool:
+        """Say whether ``keys`` are ``other`` with one procedure more, or with another of the same stage for one."""
+        fresh, gone = set(keys) - set(other), set(other) - set(keys)
+        return len(fresh) == 1 and len(gone) <= 1 and {stages[key] for key in gone} <= {stages[key] for key in fresh}
+
+    def first_step(keys: Keys) -> tuple[float, float]:
+        """Return what is expected of a combination that has not been tried, and the strength at which to begin."""
+        expected = _put_right(guessed[keys], keys, credit)
+        best = expected, RUNGS[0]
+        for other, members in tried.items():
+            if other not in guessed or not beside(keys, other) or not dialled.intersection(other):
+                continue
+            volume, last = max((_volume(trial, original, aims, span)[0], rung(trial)) for trial in members)
+            if volume > 0.0:
+                times = expected / max(_put_right(guessed[other], other, credit), 1e-9)
+                best = max(best, (volume * times, min(max(last, RUNGS[0]), RUNGS[-1])))
+        return best
 
     def offer(keys: Keys) -> tuple[float, float] | None:
         """Return the volume that is expected of the next trial of a combination, and its strength."""
         members, expected = sorted(tried.get(keys, []), key=rung), _put_right(guessed[keys], keys, credit)
         if not members:
-            return max([extension(keys, less) for less in tried if less in guessed], default=(expected, RUNGS[0]))
+            return first_step(keys)
         volumes = [_volume(trial, original, aims, span)[0] for trial in members]
         lowest, last = rung(members[0]), rung(members[-1])
         if volumes[0] == 0.0 and RUNGS[0] / 4 < lowest < 1.0:
