@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import logging
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from torchgraft.bench.task import Task
 from torchgraft.bench.training import evaluate
@@ -144,33 +147,43 @@ def _resumed(workshop: Workshop, key: str, folder: Path) -> tuple[ElasticModule,
     return (model, written.recovery_steps) if isinstance(model, ElasticModule) else None
 
 
-def paced(procedure: ElasticProcedure, elastic: ElasticModule, task: Task, *, seconds: float, seed: int = 0) -> int:
-    """Return how many training steps ``seconds`` allow, at least one; the learning rate then falls within them.
+class _Enough(Exception):  # it reports no error: a trial ends where it was to end
+    pass
 
-    A copy is trained for one step and for some; what training does beside its steps takes the same time in both.
+
+def paced(procedure: ElasticProcedure, elastic: ElasticModule, task: Task, *, seconds: float, seed: int = 0) -> int:
+    """Return how many training steps ``seconds`` allow, at least one, so that the learning rate falls within them.
+
+    The first steps of a copy are timed by its optimiser; what training does after its steps is not waited for.
 
     Args:
         procedure: what made ``elastic``.
         elastic: the model; left as it was.
         task: its task.
-        seconds: time for training.
+        seconds: time for training, a tenth of which is left for what it does beside its steps.
         seed: makes every random choice.
     """
-    twin = copy.deepcopy(elastic)
+    if seconds <= 0:
+        return 1
     begun = time.monotonic()
+    ends: list[float] = []
 
-    def spent(steps: int) -> tuple[int, float]:
-        start = time.monotonic()
-        return procedure.train(twin, task, steps=steps, seed=seed, deadline=start + seconds / 10), (
-            time.monotonic() - start
-        )
+    def note(*_: Any) -> None:
+        ends.append(time.monotonic())
+        if len(ends) > _TRIAL_STEPS or (len(ends) > 1 and ends[-1] > begun + seconds / 10):
+            raise _Enough
 
-    spent(1)  # the first step of all fills caches
-    _, one = spent(1)
-    taken, some = spent(_TRIAL_STEPS)
-    each = (some - one) / (taken - 1) if taken > 1 and some > one else some / max(taken, 1)
-    left = begun + seconds - time.monotonic() - max(one - each, 0.0)
-    return max(int(left / max(each, 1e-6)), 1)
+    handle = register_optimizer_step_post_hook(note)
+    try:
+        procedure.train(copy.deepcopy(elastic), task, steps=4 * _TRIAL_STEPS, seed=seed, deadline=begun + seconds)
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
+    if len(ends) < 2:
+        return STEPS if not ends else 1
+    each = statistics.median(end - start for start, end in itertools.pairwise(ends))
+    return max(int(0.9 * (begun + seconds - time.monotonic()) / max(each, 1e-6)), 1)
 
 
 def make_families(

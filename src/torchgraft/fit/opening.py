@@ -187,7 +187,7 @@ def ascent(
     times the halvings of each cost. One that has been tried is expected to gain by the next of the strengths ``RUNGS``
     in proportion, as long as the last step up has gained; one that has lost everything may come again at half its
     strength. One that differs from a combination that was tried by one procedure begins where that was worth most. The
-    most volume for the time is next. One precision procedure stands for all, since recovered models end in the others too.
+    most volume for the time is next. One precision procedure stands for all, since recovered models end in the others.
 
     Args:
         plan: what may be done.
