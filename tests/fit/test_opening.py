@@ -49,7 +49,7 @@ def test_the_first_choice_has_the_most_expected_volume_for_its_time() -> None:
     def worth(*facts: object) -> float:
         rows = [width if fact is width else precision for fact in facts]
         halvings = [max(sum(max(row.halvings[cost], 0.0) for row in rows), LITTLE) for cost in COSTS]
-        return math.prod(row.kept for row in rows) * math.prod(halvings) / (1 + sum(row.seconds for row in rows))
+        return math.prod(row.kept for row in rows) * math.prod(halvings) / (1 + sum(row.seconds - 1 for row in rows))
 
     assert worth(width, precision) > max(worth(width), worth(precision))
     chosen = ascent(PLAN, aims=COSTS)
@@ -129,8 +129,8 @@ def test_under_a_budget_the_combination_that_is_expected_to_keep_most_comes_firs
         "width": width.kept ** (1 / h["width"]) ** 2,
         "both": (depth.kept * width.kept) ** (1 / both) ** 2,
     }
-    times = {"depth": depth.seconds, "width": width.seconds, "both": depth.seconds + width.seconds}
-    worth = {key: value / (1 + times[key]) for key, value in kept_by.items()}
+    times = {"depth": depth.seconds, "width": width.seconds, "both": depth.seconds + width.seconds - 1}
+    worth = {key: value / times[key] for key, value in kept_by.items()}
     plan = plan_of(depth=["chain-of-layers"], width=["taylor-pruning"])
     chosen = descent(plan, needs={"latency": 0.5})
     assert chosen is not None
@@ -176,8 +176,8 @@ def test_each_alone_follows_by_price() -> None:
 
 def test_a_large_step_costs_more_than_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = {
-        "chain-of-layers": Known(kept=0.5, halvings={"latency": 2.0}, seconds=1.0),
-        "taylor-pruning": Known(kept=0.8, halvings={"latency": 1.0}, seconds=1.0),
+        "chain-of-layers": Known(kept=0.5, halvings={"latency": 2.0}, seconds=3.0),
+        "taylor-pruning": Known(kept=0.8, halvings={"latency": 1.0}, seconds=3.0),
     }
     monkeypatch.setattr(first_choices, "known", lambda key, expense: facts[key])
     chosen = descent(plan_of(depth=["chain-of-layers"], width=["taylor-pruning"]), needs={"latency": 0.25})

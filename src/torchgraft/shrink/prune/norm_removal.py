@@ -134,7 +134,7 @@ class NormRemoval(Procedure):
 
     card: ClassVar[Card] = CARD
 
-    def __init__(self, *, steps: int = 15, samples: int = 256) -> None:
+    def __init__(self, *, steps: int = 30, samples: int = 256) -> None:
         if steps < 0 or samples < 2:
             raise BadInput(f"steps must not be negative and samples at least 2, got {steps} and {samples}")
         self.steps, self.samples = steps, samples
