@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchgraft.bench.models import TextEncoder
+from torchgraft.bench.models import TextEncoder, VisionTransformer
+from torchgraft.bench.task import Task
 from torchgraft.engines.nesting.embed import ElasticEmbedder, in_batch_contrast
+from torchgraft.engines.nesting.exits import ExitElastic, exits
+from torchgraft.engines.nesting.nested import Nested
 from torchgraft.errors import BadInput
-from torchgraft.retrieve.starbucks import MaskedAutoencoder, StarbucksLoss, smae_pretrain
+from torchgraft.retrieve.starbucks import MaskedAutoencoder, Starbucks, StarbucksLoss, smae_pretrain, spaced
 
 SIZES = ((1, 2), (2, 4), (4, 8))
 
@@ -156,3 +159,68 @@ def test_bad_menus_and_views_are_refused() -> None:
     model, _ = _autoencoder()
     with pytest.raises(BadInput, match="rates"):
         MaskedAutoencoder(model.embedder, model.embedding, model.norm, SIZES, context=6, rates=(0.0, 0.5))
+
+
+def _classifier() -> tuple[VisionTransformer, Task]:
+    torch.manual_seed(0)
+    model = VisionTransformer(8, 4, 1, 3, d_model=32, depth=4, num_heads=2).double()
+    data = (torch.randn(6, 1, 8, 8, dtype=torch.float64), torch.randint(3, (6,)))
+    return model, Task(model, data, data, data, F.cross_entropy, lambda out, target: out[:, 0], batch_size=6)
+
+
+def _vector(model: VisionTransformer, images: Tensor, layers: int) -> Tensor:
+    x = model.patch(images).flatten(2).transpose(1, 2)
+    x = torch.cat([model.cls.expand(len(x), -1, -1), x], 1) + model.position
+    for block in list(model.blocks)[:layers]:
+        x = block(x)
+    out: Tensor = model.norm(x[:, 0])
+    return out
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_the_loss_of_a_step_and_its_gradient_by_hand(detach: bool) -> None:
+    model, task = _classifier()
+    images, target = task.train.inputs, task.train.target
+    assert isinstance(images, Tensor)
+    objective = Starbucks(kl_weight=2.0, detach=detach).objective(exits(model, images), task, seed=0)
+    loss = objective(Nested(model, [[]]), images, target, target)
+    whole = _vector(model, images, 4)
+    by_hand = F.cross_entropy(whole @ model.head.weight.T + model.head.bias, target)
+    for layers, dim in ((2, 8), (3, 16)):
+        small = _vector(model, images, layers)[:, :dim]
+        p = torch.softmax((whole.detach() if detach else whole)[:, :dim], -1)
+        q = torch.softmax(small, -1)
+        by_hand = by_hand + F.cross_entropy(small @ model.head.weight[:, :dim].T + model.head.bias, target)
+        by_hand = by_hand + 0.6 * (p * (p / q).log()).sum(-1).mean()
+    assert float(loss.detach()) == pytest.approx(float(by_hand.detach()), abs=1e-12)
+    first, second = (torch.autograd.grad(each, list(model.parameters())) for each in (loss, by_hand))
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(first, second, strict=True))
+    assert torch.equal(loss, objective(Nested(model, [[]]), images, target, target))
+
+
+def test_sizes_halve_while_layers_are_spaced_evenly() -> None:
+    assert spaced(4, 32) == ((2, 8), (3, 16), (4, 32))
+    assert spaced(2, 96) == ((1, 48), (2, 96))
+    assert spaced(3, 8) == ((3, 8),)
+    assert Starbucks().menu(4, 32) == ((2, (8,)), (3, (16,)))
+    assert Starbucks(sizes=((1, 4), (4, 32))).menu(4, 32) == ((1, (4,)),)
+
+
+def test_the_budgets_are_the_menu_and_its_end_must_be_the_whole() -> None:
+    model, task = _classifier()
+    elastic = Starbucks(sizes=((1, 8), (3, 16), (4, 32))).build(model, task)
+    assert isinstance(elastic, ExitElastic)
+    images = task.train.inputs
+    assert isinstance(images, Tensor)
+    with torch.no_grad():
+        for budget, (layers, dim) in zip(elastic.budgets, ((1, 8), (3, 16), (4, 32)), strict=True):
+            wanted = _vector(model, images, layers)[:, :dim] @ model.head.weight[:, :dim].T + model.head.bias
+            assert torch.allclose(elastic.set_budget(budget)(images), wanted, atol=1e-12)
+    with pytest.raises(BadInput, match="dim"):
+        elastic.keep(8)  # one of the budgets gives 16
+    assert "whole encoder" in Starbucks(sizes=((1, 8), (2, 16))).refusals(model, task)[0].reason
+    narrow = VisionTransformer(8, 4, 1, 3, d_model=8, depth=4, num_heads=2).double()
+    assert "no smaller size" in Starbucks().refusals(narrow, task)[0].reason
+    assert not Starbucks().applies_to(narrow, task)
+    with pytest.raises(BadInput, match="sizes"):
+        Starbucks(sizes=((2, 8), (1, 16)))

@@ -7,6 +7,10 @@ Equation: ``W[o, i] = F(gamma(v)), v = (l, i, o, L, C_in, C_out) / N, gamma(v) =
 Departures: only tensors whose shape depends on the width are generated, a function each; the others stay the
 teacher's. The path through the units is greedy and 2-opt where the release solves it by a dedicated solver. Batch norms
 must be folded first.
+
+It is no procedure of ``fit --elastic``: every width has tensors of its own, and to generate those of a residual network
+of 700 thousand parameters takes longer than a switch may (2 s with the paper's functions, a training step 12 s, on one
+core), so a model of several budgets would be several networks that a search has no time to train.
 """
 
 from __future__ import annotations

@@ -6,12 +6,15 @@ and Zuccon, 2024).
 Equation: ``L = l(e_N) + sum_{i<K} [l(e_{n_i}[:d_i]) + c KL(softmax e_N[:d_i] || softmax e_{n_i}[:d_i])], n_K = N``.
 
 Departures: the masked autoencoder reads the pooled embedding, whatever the encoder's pooling, where the paper reads
-the state of the class token.
+the state of the class token. In :class:`Starbucks` the loss l is the task's own, of what the model says where a vector
+of fewer layers and coordinates stands; it trains a copy that all smaller budgets share, while the full budget runs the
+frozen original. It does no masked pre-training, which needs texts.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,13 +23,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchgraft.bench.models import TransformerBlock
-from torchgraft.bench.task import Split
-from torchgraft.bench.training import train
+from torchgraft.bench.task import Inputs, Split, Task
+from torchgraft.bench.training import Objective, train
 from torchgraft.catalogue import Card, Claim
-from torchgraft.engines.nesting.embed import ElasticEmbedder, Views, coordinate_divergence, cut
+from torchgraft.engines.nesting.embed import ElasticEmbedder, Views, coordinate_divergence, cut, in_batch_contrast
+from torchgraft.engines.nesting.exits import ExitProcedure, Exits, Menu, read, shared_copy
 from torchgraft.errors import BadInput
 
-__all__ = ["CARD", "MaskedAutoencoder", "StarbucksLoss", "smae_pretrain"]
+__all__ = ["CARD", "MaskedAutoencoder", "Starbucks", "StarbucksLoss", "smae_pretrain"]
 
 CARD = Card(
     key="starbucks",
@@ -35,16 +39,17 @@ CARD = Card(
     authors="Zhuang, Wang, Koopman and Zuccon, 2024",
     reference="https://arxiv.org/abs/2410.13230",
     family="retrieve",
-    kind="tool",
+    kind="procedure",
     engine=("nesting",),
     equation="L = l(e_N) + sum_i [l(e_{n_i}[:d_i]) + c KL(softmax(e_N[:d_i]) || softmax(e_{n_i}[:d_i]))]",
-    entry="StarbucksLoss",
-    capabilities=frozenset({"elastic", "needs-data", "needs-training"}),
+    entry="Starbucks",
+    capabilities=frozenset({"elastic", "needs-data", "needs-labels", "needs-training"}),
     oracles=(
         "with the one pair (N, D) the loss is the base loss; with kl_weight = 0 it is the sum of the truncated losses",
         "the truncated head is the whole head on states padded with zeros",
         "two calls give the same loss, and the last pair adds no divergence",
         "the masked losses look at masked positions only",
+        "the loss of a step is the task's losses of models of copied weights, one a size, plus divergences, by hand",
     ),
     claim=Claim(
         text="Docstring to function search in the standard library, an encoder of four layers, width 32, sizes (1, 8), "
@@ -129,6 +134,89 @@ class StarbucksLoss:
     def nearest(self, layer: int) -> tuple[int, int]:
         """Return the pair of the menu whose number of layers is nearest to ``layer``, the smaller one of two."""
         return min(self.sizes, key=lambda size: (abs(size[0] - layer), size[0]))
+
+
+class Starbucks(ExitProcedure):
+    """Encoders and classifiers that may stop at a few sizes, fewer coordinates with fewer layers.
+
+    Args:
+        sizes: pairs (layers, coordinates), rising, the last one the whole encoder; default: halves of the width down
+            to 8, with layers evenly spaced, in as many sizes as both allow.
+        kl_weight: weight of the divergence.
+        kl_scale: a further factor of it.
+        detach: whether the whole vector's gradient is stopped in the divergence.
+        lr: highest learning rate; default: the task's.
+
+    Example:
+        >>> from torchgraft.bench.models import VisionTransformer
+        >>> x, y = torch.randn(8, 1, 8, 8), torch.randint(0, 3, (8,))
+        >>> net = VisionTransformer(8, 4, 1, 3, d_model=32, depth=3, num_heads=2)
+        >>> task = Task(net, (x, y), (x, y), (x, y), nn.functional.cross_entropy, lambda out, t: out[:, 0])
+        >>> elastic = Starbucks().build(net, task)
+        >>> [elastic.set_budget(budget).size for budget in elastic.budgets]
+        [(1, 8), (2, 16), (3, 32)]
+    """
+
+    card = CARD
+
+    def __init__(
+        self,
+        *,
+        sizes: Sizes | None = None,
+        kl_weight: float = 1.0,
+        kl_scale: float = 0.3,
+        detach: bool = False,
+        lr: float | None = None,
+    ) -> None:
+        super().__init__(lr=lr)
+        self.sizes = None if sizes is None else menu(sizes)
+        self.kl_weight, self.kl_scale, self.detach = kl_weight, kl_scale, detach
+        self._loss(((1, 1),))
+
+    def _loss(self, sizes: Sizes) -> StarbucksLoss:
+        return StarbucksLoss(
+            in_batch_contrast, sizes, kl_weight=self.kl_weight, kl_scale=self.kl_scale, detach=self.detach
+        )
+
+    def pairs(self, layers: int, width: int) -> tuple[tuple[int, int], ...]:
+        """Return the sizes for encoders of that many layers and coordinates.
+
+        Raises:
+            BadInput: the last of the given ones is not the whole encoder.
+        """
+        if self.sizes is None:
+            return spaced(layers, width)
+        if self.sizes[-1] != (layers, width):
+            raise BadInput(f"the last size must be the whole encoder, {(layers, width)}, got {self.sizes[-1]}")
+        return self.sizes
+
+    def menu(self, layers: int, width: int) -> Menu:
+        """Return all sizes but the last."""
+        return tuple((layer, (dim,)) for layer, dim in self.pairs(layers, width)[:-1])
+
+    def objective(self, found: Exits, task: Task, *, seed: int) -> Objective:
+        """Return the sum over all sizes with the task's loss for l."""
+        total = self._loss(self.pairs(found.layers, found.width))
+
+        def loss(model: nn.Module, inputs: Inputs, target: Tensor, rows: Tensor) -> Tensor:
+            seen = read(shared_copy(model), found, inputs, total.layers)
+            total.loss = lambda *vectors: task.loss(seen.finish(*vectors), target)
+            return total(*seen.views)
+
+        return loss
+
+
+def spaced(layers: int, width: int) -> tuple[tuple[int, int], ...]:
+    """Return sizes (layers, coordinates): halves of ``width`` down to 8, with evenly spaced numbers of layers.
+
+    Example:
+        >>> spaced(6, 96)
+        ((2, 12), (3, 24), (5, 48), (6, 96))
+    """
+    dims = [width]
+    while dims[-1] >= 16 and len(dims) < layers:
+        dims.append(dims[-1] // 2)
+    return tuple((math.ceil(layers * (place + 1) / len(dims)), dim) for place, dim in enumerate(reversed(dims)))
 
 
 @dataclass(frozen=True)

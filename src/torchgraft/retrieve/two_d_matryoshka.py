@@ -5,7 +5,9 @@
 Equation: ``L = l(e_N) + l(e_N[:d]) + w_n (l(e_n) + l(e_n[:d])) + lambda KL(softmax e_N || softmax e_n)``.
 
 Departures: with ``layers="list"`` or ``dims="list"`` the loss is the mean over all layers or sizes, of which the
-sampled loss is an unbiased estimate. :func:`angle` ranks by the mean absolute angle of a pair's coordinates.
+sampled loss is an unbiased estimate. :func:`angle` ranks by the mean absolute angle of a pair's coordinates. In
+:class:`TwoDMatryoshka` the loss l is the task's own, of what the model says where a vector of fewer layers or
+coordinates stands; it trains a copy that all smaller budgets share, while the full budget runs the frozen original.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from torchgraft.bench.task import Inputs, Task
+from torchgraft.bench.training import Objective
 from torchgraft.catalogue import Card, Claim
 from torchgraft.engines.nesting.embed import (
     ElasticEmbedder,
@@ -27,12 +31,14 @@ from torchgraft.engines.nesting.embed import (
     in_batch_contrast,
     reciprocal_rank,
 )
+from torchgraft.engines.nesting.exits import ExitProcedure, Exits, Menu, read, shared_copy
 from torchgraft.errors import BadInput
 
 __all__ = [
     "CARD",
     "ElasticEmbedder",
     "MatryoshkaGrid",
+    "TwoDMatryoshka",
     "angle",
     "cosent",
     "grid_eval",
@@ -47,17 +53,18 @@ CARD = Card(
     authors="Li, Li, Li, Xie and Li, 2024",
     reference="https://arxiv.org/abs/2402.14776",
     family="retrieve",
-    kind="tool",
+    kind="procedure",
     engine=("nesting",),
     equation="L = l(e_N) + l(e_N[:d]) + w_n (l(e_n) + l(e_n[:d])) + lambda KL(softmax e_N || softmax e_n)",
-    entry="MatryoshkaGrid",
-    capabilities=frozenset({"elastic", "needs-data", "needs-training"}),
+    entry="TwoDMatryoshka",
+    capabilities=frozenset({"elastic", "needs-data", "needs-labels", "needs-training"}),
     oracles=(
         "at all layers and coordinates the embedder is the encoder; at m layers it runs m blocks and gives what a "
         "whole pass has after them",
         "with lambda = 0 and layer and size forced to the full ones, the loss is four times the base loss",
         "the alignment is 0 exactly where the difference of the embeddings is constant over the coordinates",
         "the gradient averaged over all draws of layer and size is that of the whole grid",
+        "the loss of a step is the task's loss of four models of copied weights, plus the divergence, by hand",
     ),
     claim=Claim(
         text="Docstring to function search in the standard library with an encoder of four layers, width 32, against "
@@ -162,6 +169,73 @@ class MatryoshkaGrid:
         """Return the mean of :meth:`at` over the layers and sizes; an encoder of one layer has its own alone."""
         layers = list(shallow) or [max(views[0])]
         return torch.stack([self.at(views, layer, size) for layer in layers for size in sizes]).mean()
+
+
+class TwoDMatryoshka(ExitProcedure):
+    """Encoders and classifiers that may stop after any layer and keep some of their coordinates.
+
+    A budget is a number of layers, with all coordinates; ``keep(d)`` of the elastic model gives the first ``d`` of
+    them, which makes an index smaller and saves hardly a multiplication.
+
+    Args:
+        sizes: numbers of coordinates; default: halves of the width down to 8. The whole width is always among them.
+        layers: ``"sample"``: one shallow layer a step; ``"list"``: all of them, averaged.
+        dims: ``"sample"``: one size a step; ``"list"``: all of them, averaged.
+        weight: lambda, the weight of the alignment.
+        depth_weight: ``"none"``: shallow layers weigh 1; ``"log"``: layer n weighs 1 / (1 + ln n).
+        lr: highest learning rate; default: the task's.
+
+    Example:
+        >>> from torchgraft.bench.models import VisionTransformer
+        >>> x, y = torch.randn(8, 1, 8, 8), torch.randint(0, 3, (8,))
+        >>> net = VisionTransformer(8, 4, 1, 3, d_model=16, depth=3, num_heads=2)
+        >>> task = Task(net, (x, y), (x, y), (x, y), nn.functional.cross_entropy, lambda out, t: out[:, 0])
+        >>> elastic = TwoDMatryoshka().build(net, task)
+        >>> [round(b, 1) for b in elastic.budgets], elastic.keep(8).set_budget(0.5).size
+        ([0.3, 0.7, 1.0], (1, 8))
+    """
+
+    card = CARD
+
+    def __init__(
+        self,
+        *,
+        sizes: Sequence[int] | None = None,
+        layers: Literal["sample", "list"] = "sample",
+        dims: Literal["sample", "list"] = "sample",
+        weight: float = 1.0,
+        depth_weight: Literal["none", "log"] = "none",
+        lr: float | None = None,
+    ) -> None:
+        super().__init__(lr=lr)
+        self.sizes = None if sizes is None else tuple(sizes)
+        self.layers, self.dims, self.weight, self.depth_weight = layers, dims, weight, depth_weight
+        self._grid(1, 0)
+
+    def _grid(self, width: int, seed: int) -> MatryoshkaGrid:
+        grid = MatryoshkaGrid(
+            in_batch_contrast, layers=self.layers, dims=self.dims, sizes=self.sizes, weight=self.weight,
+            depth_weight=self.depth_weight, seed=seed,
+        )  # fmt: skip
+        grid.sizes = tuple(sorted({*grid.sizes_of(width), width}))
+        return grid
+
+    def menu(self, layers: int, width: int) -> Menu:
+        """Return every number of layers but the greatest, with all sizes."""
+        sizes = tuple(self._grid(width, 0).sizes_of(width))
+        return tuple((layer, sizes) for layer in range(1, layers))
+
+    def objective(self, found: Exits, task: Task, *, seed: int) -> Objective:
+        """Return the loss of the grid with the task's loss for l."""
+        grid = self._grid(found.width, seed)
+
+        def loss(model: nn.Module, inputs: Inputs, target: Tensor, rows: Tensor) -> Tensor:
+            shallow, sizes = grid.draw(found.layers, found.width)
+            seen = read(shared_copy(model), found, inputs, shallow)
+            grid.loss = lambda *vectors: task.loss(seen.finish(*vectors), target)
+            return grid.mean(seen.views, shallow, sizes)
+
+        return loss
 
 
 def _pairwise(similarity: Tensor, score: Tensor, scale: float) -> Tensor:
