@@ -27,6 +27,7 @@ from torchgraft.engines.binary import (
     hidden_layers,
     pack_signs,
     rebuild,
+    scaled_rows,
     sign,
     sign_product,
     to_binary,
@@ -350,3 +351,11 @@ def test_wrong_inputs_are_refused() -> None:
     ):
         with pytest.raises(BadInput):
             layer(x)
+
+
+def test_rows_are_scaled_to_their_largest() -> None:
+    weight = torch.tensor([[[1.0, -4.0], [2.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]], dtype=torch.float64)
+    assert scaled_rows(weight, 0.5).tolist() == [[[0.125, -0.5], [0.25, 0.0]], [[0.0, 0.0], [0.0, 0.0]]]
+    random = torch.randn(3, 5, dtype=torch.float64)
+    assert torch.allclose(scaled_rows(random, 2.0).abs().amax(1), torch.full((3,), 2.0, dtype=torch.float64))
+    assert torch.equal(scaled_rows(random, 2.0).sign(), random.sign())

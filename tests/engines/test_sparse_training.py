@@ -416,3 +416,18 @@ def test_a_tasks_trainer_stops_on_its_own_way() -> None:
     assert all(torch.equal(a, b) for a, b in zip(short.parameters(), whole.parameters(), strict=True))
     run(whole, None)
     assert not torch.equal(short[0].weight, whole[0].weight)
+
+
+def test_only_named_weights_are_rewound_under_masks() -> None:
+    def prune(end: Any, start: Any, masks: Any) -> Any:
+        assert list(end) == list(start) == list(masks) == ["2.weight"]
+        return {name: mask & (end[name] > 0) for name, mask in masks.items()}
+
+    model = _model()
+    found = prune_and_rewind(model, lambda net, stop: None, prune, 2, names=["2.weight"])
+    assert torch.equal(found.masks["2.weight"], model[2].weight > 0)
+    ticket = found.ticket()
+    assert type(ticket[0]) is nn.Linear  # type: ignore[index]
+    assert type(ticket[2]) is not nn.Linear  # type: ignore[index]
+    with pytest.raises(BadInput, match="no prunable weight"):
+        prune_and_rewind(model, lambda net, stop: None, prune, 2, names=["9.weight"])

@@ -11,13 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from torchgraft.engines.binary import Straight, freeze, sign
+from torchgraft.bench.task import Task
+from torchgraft.engines.binary import Straight, binary_layers, freeze, sign
+from torchgraft.engines.surgery.edits import apply_edits, edit_from_record, edit_to_record, history
 from torchgraft.errors import BadInput
+from torchgraft.shrink.quantize import reste_estimator as module
 from torchgraft.shrink.quantize.reste_estimator import (
     BinaryConv2d,
     BinaryLinear,
     ReSTE,
+    ReSTEBinarization,
+    ReSTEEdit,
     ReSTESchedule,
+    RowReSTE,
     estimator_indicators,
     reste_sign,
     reste_slope,
@@ -142,3 +148,82 @@ def test_wrong_settings_are_refused() -> None:
     ):
         with pytest.raises(BadInput):
             wrong()
+
+
+def hidden() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 3)]
+    return nn.Sequential(*layers).double().eval()
+
+
+def task_of(model: nn.Module) -> Task:
+    torch.manual_seed(1)
+    x, y = torch.randn(24, 6, dtype=torch.float64), torch.randint(0, 3, (24,))
+    score = lambda out, target: (out.argmax(1) == target).float()  # noqa: E731
+    return Task(model, (x, y), (x, y), (x, y), nn.functional.cross_entropy, score, batch_size=8, learning_rate=0.01)
+
+
+def test_untrained_the_lever_has_the_signs_and_scales_of_the_weights() -> None:
+    model = hidden()
+    made = ReSTEBinarization(steps=0).apply(model, task_of(model), 1.0)
+    for place in (2, 4):
+        dense, layer = model[place].weight.detach(), made[place]  # type: ignore[index]
+        assert torch.equal(layer.signs().detach(), sign(dense))
+        assert torch.allclose(layer.row_scale().detach(), dense.abs().mean(1))
+        z = layer.weight.detach()
+        assert torch.allclose(z, dense / dense.abs().amax(1, keepdim=True))
+        assert layer.activation is None
+        assert layer.estimator.o == 3.0
+        upstream, x = torch.randn(5, len(dense), dtype=torch.float64), torch.randn(5, dense.shape[1]).double()
+        (gradient,) = torch.autograd.grad((layer(x) * upstream).sum(), layer.weight)
+        assert torch.allclose(gradient, (upstream.T @ x) * layer.row_scale()[:, None] * reste_slope(z, 3.0))
+    assert type(made[0]) is type(made[6]) is nn.Linear  # type: ignore[index]
+    (edit,) = history(made)
+    assert edit_from_record(edit_to_record(edit)) == edit == ReSTEEdit(modules=("2", "4"), o=3.0)
+
+
+def test_the_exponent_rises_while_the_lever_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = hidden()
+    seen: list[float] = []
+
+    class Watched(RowReSTE):
+        def slope(self, z: Tensor) -> Tensor:
+            seen.append(self.o)
+            return super().slope(z)
+
+    monkeypatch.setattr(module, "RowReSTE", Watched)
+    made = ReSTEBinarization(steps=5, o_end=4.0).apply(model, task_of(model), 0.5)
+    schedule = ReSTESchedule(4.0, epochs=5)
+    assert seen == [schedule.o(step) for step in range(5)]
+    (place,) = binary_layers(made)
+    layer = binary_layers(made)[place]
+    assert isinstance(layer.estimator, ReSTE)
+    assert layer.estimator.o == 4.0
+    start = binary_layers(ReSTEBinarization(steps=0).apply(model, task_of(model), 0.5))[place]
+    assert not torch.equal(layer.weight, start.weight)
+    assert not made.training
+    assert not torch.equal(made[0].weight, model[0].weight)  # type: ignore[index]
+    ignoring = ReSTEBinarization(steps=2).apply(model.train(), task_of(model), 1.0, ignore=["0", "4"])
+    assert torch.equal(ignoring[0].weight, model[0].weight)  # type: ignore[index]
+    assert torch.equal(ignoring[4].weight, model[4].weight)  # type: ignore[index]
+    assert ignoring[0].weight.requires_grad  # type: ignore[index]
+    assert all(each.training for each in ignoring.modules())
+
+
+def test_the_lever_saves_a_bit_a_weight_and_what_loads_can_be_trained() -> None:
+    model = hidden()
+    made = ReSTEBinarization(steps=2).apply(model, task_of(model), 1.0)
+    assert made.state_dict()["2.weight"].dtype == torch.uint8
+    assert made.state_dict()["2.weight"].shape == (10, 1)
+    fresh = apply_edits(hidden(), history(made)).eval()
+    fresh.load_state_dict(made.state_dict())
+    x = torch.randn(4, 6, dtype=torch.float64)
+    assert torch.equal(fresh(x), made(x))
+    layer = binary_layers(fresh)["2"]
+    assert bool((layer.estimator.slope(layer.weight.detach()) > 0.5).all())
+
+
+def test_wrong_settings_of_the_lever_are_refused() -> None:
+    for wrong in ({"o_end": 0.5}, {"steps": -1}, {"samples": 0}, {"m": 2.0}):
+        with pytest.raises(BadInput):
+            ReSTEBinarization(**wrong)  # type: ignore[arg-type]

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
+from torchgraft.bench.task import Task
 from torchgraft.engines.masks import keep_best, prunable
+from torchgraft.engines.sparse import SparseLinear
 from torchgraft.errors import BadInput
-from torchgraft.shrink.prune.ssvi import CRITERIA, SSVI, folded_moments
+from torchgraft.shrink.prune.ssvi import CRITERIA, SSVI, SparseSubspace, folded_moments
 
 
 def _model() -> nn.Sequential:
@@ -267,3 +269,90 @@ def test_bad_calls_are_refused() -> None:
         ssvi.predict(torch.zeros(1, 6), samples=0)
     with pytest.raises(BadInput, match="unknown criterion"):
         ssvi.scores("size")
+
+
+def test_begun_at_masks_only_the_named_weights_are_drawn() -> None:
+    model = _model()
+    mask = keep_best({"2.weight": model[2].weight.detach().abs()}, {"2.weight": 10})
+    ssvi = SSVI(model, active=mask, start_std=1e-9, update_every=3, steps=1000, gradient_steps=2)
+    assert ssvi.active.tolist() == mask["2.weight"].flatten().nonzero().flatten().tolist()
+    assert torch.equal(ssvi.mu.detach(), model[2].weight.detach()[mask["2.weight"]])
+    x, _ = _data()
+    masked = _model()
+    with torch.no_grad():
+        masked[2].weight.mul_(mask["2.weight"])
+    assert torch.allclose(ssvi(x), masked(x), atol=1e-6)
+    assert torch.equal(ssvi(x).argmax(1), ssvi(input=x).argmax(1))  # by keyword too
+    assert torch.equal(ssvi.mean_model()(x), masked(x))  # type: ignore[operator]
+    ssvi.rho.data.fill_(-3.0)
+    first, changed = ssvi.active.clone(), _train(ssvi, 6)
+    assert changed[2] == changed[5] == 2  # int of just under 0.3 of 10
+    assert len(ssvi.active.unique()) == 10
+    assert not torch.equal(first, ssvi.active)
+    assert not torch.equal(ssvi.network[0].weight, model[0].weight)  # a point estimate, which is trained
+    two = {name: weight.detach() > 0.1 for name, weight in prunable(model).items()}
+    both, whole = SSVI(model, active=two), SSVI(model, active=two, scope="global")
+    assert both.counts == [int(mask.sum()) for mask in two.values()]
+    assert whole.counts == [sum(both.counts)]
+    for one in (both, whole):
+        assert torch.equal(one.mu.detach(), torch.cat([prunable(model)[n][m] for n, m in two.items()]).detach())
+    with pytest.raises(BadInput, match="no weight '9"):
+        SSVI(model, active={"9.weight": two["0.weight"]})
+
+
+def _task() -> Task:
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 3)]
+    score = lambda out, target: (out.argmax(1) == target).float()  # noqa: E731
+    data = _data()
+    return Task(nn.Sequential(*layers).double(), data, data, data, F.cross_entropy, score, learning_rate=0.01)
+
+
+def test_one_step_of_the_lever_by_hand() -> None:
+    task = _task()
+    model: Any = task.trained()
+    made: Any = SparseSubspace(steps=1, lr=0.02, beta=0.02, timed=False, most=0.9).apply(model, task, 1.0, ignore=["4"])
+    mask = keep_best({"w": model[2].weight.detach().abs()}, {"w": 26})["w"]
+    torch.manual_seed(0)
+    mu = model[2].weight.detach()[mask].requires_grad_()
+    sigma = torch.full_like(mu, 0.02)
+    drawn = torch.zeros(16, 16, dtype=torch.float64)
+    drawn[mask] = mu + sigma * torch.randn(26, dtype=torch.float64)
+    x, y = _data()
+    loss = F.cross_entropy(torch.func.functional_call(model, {"2.weight": drawn}, (x,)), y)
+    loss = loss + 0.02 / 20 * kl_divergence(Normal(mu, sigma), _prior()).sum()
+    slopes = torch.autograd.grad(loss, [mu, model[0].bias, model[4].bias])
+    wanted = mu.detach() - 0.02 * slopes[0] / (slopes[0].abs() + 1e-8)
+    assert isinstance(made[2], SparseLinear)
+    assert type(made[4]) is nn.Linear
+    assert torch.equal(made[2].weight.detach() != 0, mask)
+    assert torch.allclose(made[2].weight.detach()[mask], wanted, atol=1e-9)
+    assert torch.allclose(made[0].bias, model[0].bias - 0.02 * slopes[1].sign(), atol=1e-6)
+    assert torch.equal(made[4].bias, model[4].bias)
+    assert not made.training
+    assert made[0].bias.requires_grad
+
+
+def test_the_lever_changes_the_set_and_keeps_the_counts() -> None:
+    task = _task()
+    model: Any = task.trained().train()
+    model[4].weight.requires_grad_(False)
+    lever = SparseSubspace(steps=12, update_every=2, timed=False, most=0.9)
+    made: Any = lever.apply(model, task, 1.0)
+    still: Any = SparseSubspace(steps=12, update_every=2, replace_rate=0.0, timed=False, most=0.9).apply(
+        model, task, 1.0
+    )
+    large = keep_best({"w": model[2].weight.detach().abs()}, {"w": 26})["w"]
+    assert torch.equal(still[2].weight != 0, large)
+    assert not torch.equal(made[2].weight != 0, large)
+    assert int((made[2].weight != 0).sum()) == made[2].kept == 26
+    frozen = keep_best({"w": model[4].weight.detach().abs()}, {"w": 26})["w"]
+    assert torch.equal(made[4].weight.detach(), torch.where(frozen, model[4].weight.detach(), 0.0))
+    assert not made[4].values.requires_grad
+    assert made.training
+    for wrong in ({"steps": 0}, {"beta": -1.0}, {"criterion": "snr_ab"}, {"most": 1.0}, {"update_every": 0}):
+        with pytest.raises(BadInput):
+            SparseSubspace(**wrong)  # type: ignore[arg-type]
+    state = torch.get_rng_state()
+    SparseSubspace()
+    assert torch.equal(state, torch.get_rng_state())

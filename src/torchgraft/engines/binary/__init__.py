@@ -1,7 +1,7 @@
 """Binary layers: signs with pluggable gradients, scales, bits that are stored packed, and products of bits.
 
 ``bits`` holds the arithmetic of signs, ``layers`` the layers that are trained, ``packed`` the layers that are executed,
-``elastic`` the learned steps of binary transformers.
+``elastic`` the learned steps of binary transformers, ``procedure`` which layers of a trained model become binary.
 """
 
 from torchgraft.engines.binary.bits import (
@@ -11,6 +11,7 @@ from torchgraft.engines.binary.bits import (
     Polynomial,
     Straight,
     pack_signs,
+    scaled_rows,
     sign,
     sign_product,
     unpack_signs,
@@ -42,6 +43,7 @@ __all__ = [
     "hidden_layers",
     "pack_signs",
     "rebuild",
+    "scaled_rows",
     "sign",
     "sign_product",
     "to_binary",

@@ -22,6 +22,7 @@ __all__ = [
     "Polynomial",
     "Straight",
     "pack_signs",
+    "scaled_rows",
     "sign",
     "sign_product",
     "unpack_signs",
@@ -41,6 +42,18 @@ def sign(x: Tensor) -> Tensor:
         tensor([-1.,  1.,  1.])
     """
     return (x >= 0).to(x.dtype).mul_(2).sub_(1)
+
+
+def scaled_rows(weight: Tensor, largest: float) -> Tensor:
+    """Return ``weight``, each row scaled so that its largest magnitude is ``largest``; a row of zeros stays.
+
+    Example:
+        >>> scaled_rows(torch.tensor([[2.0, -4.0], [0.0, 0.0]]), 1.0).tolist()
+        [[0.5, -1.0], [0.0, 0.0]]
+    """
+    rows = weight.flatten(1)
+    sizes = rows.abs().amax(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
+    return (rows / sizes * largest).reshape(weight.shape)
 
 
 class _Estimated(torch.autograd.Function):

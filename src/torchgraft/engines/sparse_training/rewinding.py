@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -134,7 +134,13 @@ def trainer(
 
 
 def prune_and_rewind(
-    model: nn.Module, train_fn: Task | TrainFn, prune: Prune, rounds: int, *, rewind_step: int = 0
+    model: nn.Module,
+    train_fn: Task | TrainFn,
+    prune: Prune,
+    rounds: int,
+    *,
+    rewind_step: int = 0,
+    names: Collection[str] | None = None,
 ) -> Rewound:
     """Train, prune and rewind ``rounds`` times; ``model`` itself is left as it was.
 
@@ -144,9 +150,10 @@ def prune_and_rewind(
         prune: decides which weights stay.
         rounds: how often.
         rewind_step: go back to the weights after so many steps of the first run, instead of the first weights.
+        names: the only weights that are masked; by default all that can be.
 
     Raises:
-        BadInput: ``rounds`` is below 1, ``rewind_step`` below 0, or the model has no prunable weight.
+        BadInput: ``rounds`` is below 1, ``rewind_step`` below 0, or the model has no prunable weight of these names.
     """
     if rounds < 1 or rewind_step < 0:
         raise BadInput(f"rewinding needs rounds >= 1 and rewind_step >= 0, got {rounds} and {rewind_step}")
@@ -154,7 +161,8 @@ def prune_and_rewind(
     origin = copy.deepcopy(model)
     if rewind_step:
         run(origin, rewind_step)
-    start = {name: weight.detach().clone() for name, weight in prunable(origin).items()}
+    found = {name: weight for name, weight in prunable(origin).items() if names is None or name in names}
+    start = {name: weight.detach().clone() for name, weight in found.items()}
     if not start:
         raise BadInput(f"{type(model).__name__} has no prunable weight")
     masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in start.items()}
@@ -163,6 +171,6 @@ def prune_and_rewind(
         trained = _masked(origin, masks)
         run(trained, None)
         done.append(Round(masks, trained))
-        end = {name: weight.detach().clone() for name, weight in prunable(trained).items()}
+        end = {name: weight.detach().clone() for name, weight in prunable(trained).items() if name in start}
         masks = prune(end, {name: torch.where(masks[name], weight, 0.0) for name, weight in start.items()}, masks)
     return Rewound(origin, tuple(done), masks)

@@ -4,6 +4,9 @@
 2023): of n weights left, the host removes (p - q) n / 100, then the q n / 100 with w < 0 and least |w - w_prev| go;
 DNR = mean_x #{neurons with ReLU output 0} / #neurons, of which the static part has no incoming weight left.
 
+It is no lever of ``fit``: the second score needs the way that weights have gone since their first values. In a short
+training that goes on from trained weights it removes what is worth more than what a host alone removes.
+
 Departures:
 - Only weights of linear and convolution layers are pruned; the official script also prunes those of norms.
 - Every cycle prunes by both scores; the script leaves the first cycle out.

@@ -14,20 +14,18 @@ Departures:
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
-from torchgraft.bench.task import Task
 from torchgraft.catalogue import Card, Claim
 from torchgraft.engines.masks import make_permanent, prunable
-from torchgraft.engines.procedure import Procedure, Refusal, Site, ignored
-from torchgraft.engines.sparse import Crossover, SparsePointwiseConv, Sparsify, block_scores, is_pointwise, kept_blocks
+from torchgraft.engines.sites import ignored
+from torchgraft.engines.sparse import SparsePointwiseConv, Sparsify, block_scores, is_pointwise
 from torchgraft.engines.sparse.gradual import GradualSparsity, Schedule, fitting_rows
-from torchgraft.engines.sparse.timing import Timing, benchmark, layer_crossover, reached
-from torchgraft.engines.surgery.edits import Edit, apply_edits
+from torchgraft.engines.sparse.procedure import SparseProcedure
+from torchgraft.engines.sparse.timing import Timing, benchmark
+from torchgraft.engines.surgery.edits import apply_edits
 from torchgraft.errors import BadInput
 
 __all__ = [
@@ -82,10 +80,6 @@ CARD = Card(
 )
 
 _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-#: Bytes that the pattern's own entry takes in a file.
-_ENTRY = 128
-#: A layer that is faster from a lower sparsity on is not mentioned among those left dense.
-_WORTH_SAYING = 0.25
 
 
 def sparsify_pointwise(
@@ -162,7 +156,7 @@ def to_sparse(model: nn.Module, *, block: int = 1, least: float = 0.5, backend: 
     return apply_edits(plain, [Sparsify(modules=modules, backend=backend)] if modules else [])
 
 
-class FastSparseConv(Procedure):
+class FastSparseConv(SparseProcedure):
     """Sparse linear layers and 1x1 convolutions; strength is how few weights stay, as (1 - most) ** strength.
 
     The first and the last layer stay dense. Layers become sparse where that pays: in time, as measured on this machine
@@ -174,6 +168,7 @@ class FastSparseConv(Procedure):
         timed: whether only layers that are measured to be faster become sparse.
 
     Example:
+        >>> import torch
         >>> from torchgraft.bench.task import Task
         >>> x, y = torch.randn(32, 6), torch.randint(0, 3, (32,))
         >>> model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
@@ -190,85 +185,4 @@ class FastSparseConv(Procedure):
     expense = 0
 
     def __init__(self, *, block: int = 4, most: float = 0.97, timed: bool = True) -> None:
-        if block not in (1, 2, 4) or not 0.0 < most < 1.0:
-            raise BadInput(f"block must be 1, 2 or 4 and most in (0, 1), got block {block}, most {most}")
-        self.block = block
-        self.most = most
-        self.timed = timed
-
-    def for_costs(self, costs: Sequence[str]) -> FastSparseConv:
-        """Return this procedure, without timing where latency does not count; then every layer takes one backend."""
-        return self if "latency" in costs else FastSparseConv(block=self.block, most=self.most, timed=False)
-
-    def _candidates(self, model: nn.Module, task: Task, ignore: Sequence[str]) -> dict[str, tuple[int, ...]]:
-        """Return the input shapes of layers between the first and the last that is called; tied ones are left out."""
-        weighted = {name: module for name, module in model.named_modules() if isinstance(module, _WEIGHTED)}
-        shapes = {name: tuple(x.shape) for name, x in reached(model, task.example, weighted).items()}
-        owners = Counter(
-            id(value) for module in model.modules() for value in module._parameters.values() if value is not None
-        )
-        return {
-            name: shapes[name]
-            for name in list(shapes)[1:-1]
-            if is_pointwise(weighted[name])
-            and owners[id(weighted[name].weight)] == 1
-            and not ignored(name, ignore)
-            and not (self.timed and self._foreign(weighted[name]))
-        }
-
-    @staticmethod
-    def _foreign(layer: nn.Module) -> bool:
-        weight = layer.get_parameter("weight")
-        return not weight.is_cpu or weight.dtype != torch.float32
-
-    def _crossover(self, layer: nn.Module, shape: tuple[int, ...]) -> Crossover:
-        return layer_crossover(layer, shape, (fitting_rows(len(layer.get_parameter("weight")), self.block), 1))
-
-    def applies_to(self, model: nn.Module, task: Task, *, ignore: Sequence[str] = ()) -> list[Site]:
-        """Return the layers that would be faster sparse, at full strength at least; all where nothing is timed."""
-        sites = []
-        for name, shape in self._candidates(model, task, ignore).items():
-            layer = model.get_submodule(name)
-            if self.timed and self._crossover(layer, shape).sparsity >= self.most:
-                continue
-            count = sum(value.numel() for value in layer.parameters())
-            kind = "linear" if isinstance(layer, nn.Linear) else "layer"
-            sites.append(Site(name, kind, layer.get_parameter("weight").numel(), count))
-        return sites
-
-    def refusals(self, model: nn.Module, task: Task, *, ignore: Sequence[str] = ()) -> list[Refusal]:
-        """Return for each layer where its dense product is measured to be the faster one."""
-        if not self.timed:
-            return []
-        found = []
-        for name, shape in self._candidates(model, task, ignore).items():
-            meeting = self._crossover(model.get_submodule(name), shape)
-            if meeting.sparsity >= self.most:
-                ratio = meeting.ratio(1.0 - self.most)
-                words = f"left dense: {self.most:.0%} sparse it takes {ratio:.2f}x of its dense time on this machine"
-            elif meeting.sparsity >= _WORTH_SAYING:
-                words = f"left dense up to a sparsity of {meeting.sparsity:.0%}, where dense is faster on this machine"
-            else:
-                continue
-            found.append(Refusal(name, words))
-        return found
-
-    def plan(
-        self, model: nn.Module, task: Task, strength: float, *, ignore: Sequence[str] = (), seed: int = 0
-    ) -> list[Edit]:
-        """Keep the largest blocks of each layer for which that pays."""
-        sparsity = 1.0 - (1.0 - self.most) ** strength
-        modules: dict[str, tuple[int, int, int]] = {}
-        for name, shape in self._candidates(model, task, ignore).items():
-            layer = model.get_submodule(name)
-            rows, columns = layer.get_parameter("weight").flatten(1).shape
-            r = fitting_rows(rows, self.block)
-            kept = kept_blocks(rows, columns, (r, 1), sparsity)
-            blocks = rows // r * columns
-            if self.timed:
-                pays = 1.0 - kept / blocks > self._crossover(layer, shape).sparsity
-            else:
-                pays = 4 * kept * r + kept + blocks // 255 + _ENTRY < 4 * rows * columns
-            if pays:
-                modules[name] = (kept, r, 1)
-        return [Sparsify(modules=modules, backend="auto" if self.timed else "kernel")] if modules else []
+        super().__init__(block=block, most=most, timed=timed)

@@ -3,7 +3,13 @@
 `The Lottery Ticket Hypothesis: Finding Sparse, Trainable Neural Networks <https://arxiv.org/abs/1803.03635>`_ (Frankle
 and Carbin, 2019): train f(x; m_r * theta_0), m_{r+1} = m_r minus the floor(p n_r) smallest |theta_T| of each layer.
 
+As a lever of ``fit``, :class:`LotteryTicket` prunes a trained model in rounds, trains what is left for a few steps and
+ends in sparse layers; :func:`lottery_ticket` is the experiment of the paper, from first weights.
+
 Departures:
+- :class:`LotteryTicket` goes back to the weights that it is given, for a task brings no earlier ones; so theta_0 is a
+  trained model, a round is a short training, and no claim is made that such tickets train as well from scratch.
+- There only layers that can be executed sparse are pruned, all at one rate, the first and the last not at all.
 - A scope of all layers leaves the output layer out, which is pruned at its own rate, unless ``output_rate_scale`` is
   ``None``; then it is ranked with the others.
 - With ``rewind_step`` k every round starts from theta_k, and its run is as long as the first and sees the same batches
@@ -12,8 +18,9 @@ Departures:
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Literal
 
@@ -22,7 +29,11 @@ from torch import Tensor, nn
 
 from torchgraft.bench.task import Task
 from torchgraft.catalogue import Card, Claim
+from torchgraft.engines.finetune import finetune
 from torchgraft.engines.masks import magnitude, prunable
+from torchgraft.engines.sparse import block_scores
+from torchgraft.engines.sparse.gradual import fitting_rows
+from torchgraft.engines.sparse.procedure import SparseTraining
 from torchgraft.engines.sparse_training import (
     Rewound,
     SparsityTags,
@@ -33,7 +44,17 @@ from torchgraft.engines.sparse_training import (
 )
 from torchgraft.errors import BadInput, nearest
 
-__all__ = ["CARD", "TAGS", "lottery_ticket", "one_shot", "prune_smallest", "trainer"]
+__all__ = [
+    "CARD",
+    "TAGS",
+    "LotteryTicket",
+    "lottery_ticket",
+    "one_shot",
+    "prune_blocks",
+    "prune_smallest",
+    "ticket_counts",
+    "trainer",
+]
 
 CARD = Card(
     key="lottery-ticket",
@@ -42,17 +63,20 @@ CARD = Card(
     authors="Frankle and Carbin, 2019",
     reference="https://arxiv.org/abs/1803.03635",
     family="shrink/prune",
-    kind="tool",
-    engine=("masks",),
+    kind="procedure",
+    engine=("masks", "surgery"),
     equation="m_{r+1} = m_r minus the floor(p n_r) smallest |theta_T|, theta <- m_{r+1} * theta_0",
-    entry="lottery_ticket",
+    entry="LotteryTicket",
+    stage="weights",
     capabilities=frozenset({"needs-data", "needs-labels", "needs-training"}),
+    example={"timed": False, "rounds": 2, "steps": 1},
     oracles=(
         "each layer's count follows n_{r+1} = n_r - floor(p n_r) exactly, and masks are nested",
         "after the reset every weight that is left equals theta_0 bit for bit",
         "masked weights stay exactly 0 through training with momentum and weight decay",
         "every removed weight is at most as large as every kept one of its scope",
         "the controls keep as many weights of each layer; one-shot pruning has the counts of all rounds together",
+        "the lever's masks are nested and end at the count asked for, and every round starts from the weights as given",
     ),
     claim=Claim(
         text="digits MLP 64-300-100-10, Adam 1.2e-3, 10 rounds at p = 0.2, 1200 steps a round; then 3000 steps each:"
@@ -61,9 +85,10 @@ CARD = Card(
         figure="at 20% density (7 prunings) ticket accuracy >= dense - 0.3 points and its early stop <= dense's; at 10%"
         " (10 prunings) fresh weights stop >= 1.2x later than the ticket or lose >= 1 point to it",
     ),
-    choose_when="you want the sparsest trainable form of a small model, or to study which of its weights matter, and"
-    " can train it a dozen times",
-    choose_instead="sparseland-handbook's drop-and-grow training, which finds such masks in one run",
+    choose_when="most single weights of linear layers or 1x1 convolutions are to go and a few hundred steps of training"
+    " are affordable; or you study which weights of a small model matter",
+    choose_instead="fast-sparse-conv without training or where blocks of weights run faster; sparseland-handbook's"
+    " drop-and-grow training, which finds such masks from scratch in one run",
     bibtex="""@inproceedings{frankle2019lottery,
   title={The Lottery Ticket Hypothesis: Finding Sparse, Trainable Neural Networks},
   author={Frankle, Jonathan and Carbin, Michael},
@@ -206,3 +231,108 @@ def lottery_ticket(
     if weights:  # say what is wrong before hours of training
         prune(weights, weights, {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()})
     return prune_and_rewind(model, train_fn, prune, rounds, rewind_step=rewind_step)
+
+
+def ticket_counts(size: int, kept: int, rounds: int) -> list[int]:
+    """Return how many of ``size`` weights are left after each round, the same share going each time.
+
+    Example:
+        >>> ticket_counts(1000, 125, 3)
+        [500, 250, 125]
+    """
+    return [round(size * (kept / size) ** (number / rounds)) for number in range(1, rounds + 1)]
+
+
+def prune_blocks(weight: Tensor, mask: Tensor, kept: int, *, rows: int = 1) -> Tensor:
+    """Return ``mask`` with only the ``kept`` largest of the blocks that it shows, by the sum of magnitudes.
+
+    Args:
+        weight: the trained weight.
+        mask: what is left of it, constant inside blocks.
+        kept: how many blocks stay, at most those that are left.
+        rows: output channels that share a pattern.
+
+    Shapes:
+        weight, mask, result: (M, ...)
+
+    Example:
+        >>> w = torch.tensor([[3.0, 1.0], [0.0, 2.5]])
+        >>> prune_blocks(w, torch.tensor([[False, True], [False, True]]), 1)
+        tensor([[False, False],
+                [False,  True]])
+    """
+    shown = mask.flatten(1)[::rows]
+    left = int(shown.sum()) - kept
+    best = remove_lowest({"": block_scores(weight.flatten(1), (rows, 1))}, {"": shown}, left)[""]
+    return best.repeat_interleave(rows, 0).reshape(mask.shape)
+
+
+class LotteryTicket(SparseTraining):
+    """Sparse linear layers and 1x1 convolutions, found in rounds; strength is how few stay, as (1 - most) ** strength.
+
+    Each round trains the model as given under the masks so far and removes the same share of the smallest weights of
+    every layer; at the end the ticket, rewound once more, is trained for as many steps. Which layers become sparse is
+    decided as in :class:`~torchgraft.engines.sparse.procedure.SparseProcedure`: only where that pays.
+
+    Args:
+        rounds: how often weights are pruned.
+        steps: training steps of each round, and of the ticket.
+        lr: the highest learning rate; default: the task's.
+        block: output channels that share a pattern: 1 as in the paper, 2 or 4, halved where it does not divide.
+        most: the sparsity at strength 1.
+        timed: whether only layers that are measured to be faster become sparse.
+
+    Example:
+        >>> x, y = torch.randn(32, 6), torch.randint(0, 3, (32,))
+        >>> model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+        >>> loss = nn.functional.cross_entropy
+        >>> task = Task(model, (x, y), (x, y), (x, y), loss, lambda out, target: (out.argmax(1) == target).float())
+        >>> LotteryTicket(timed=False, steps=2).apply(model, task, 1.0)[2]
+        SparseLinear(16, 16, bias=True, sparsity=0.949, block=1x1, backend='kernel')
+
+    Raises:
+        BadInput: a setting is out of range.
+    """
+
+    card = CARD
+
+    def __init__(
+        self,
+        *,
+        rounds: int = 3,
+        steps: int = 60,
+        lr: float | None = None,
+        block: int = 1,
+        most: float = 0.95,
+        timed: bool = True,
+    ) -> None:
+        super().__init__(block=block, most=most, timed=timed)
+        if rounds < 1 or steps < 0:
+            raise BadInput(f"lottery-ticket needs rounds >= 1 and steps >= 0, got {rounds} and {steps}")
+        self.rounds, self.steps, self.lr = rounds, steps, lr
+
+    def pruned(
+        self, model: nn.Module, task: Task, kept: Mapping[str, int], *, ignore: Sequence[str], seed: int
+    ) -> nn.Module:
+        """Return the trained ticket, masks on. See :class:`SparseTraining`."""
+
+        def run(net: nn.Module, stop: int | None) -> None:
+            finetune(net, task, steps=self.steps, lr=self.lr, seed=seed, ignore=ignore)
+
+        done = itertools.count()
+        goals = {f"{name}.weight": count for name, count in kept.items()}
+
+        def prune(
+            end: Mapping[str, Tensor], start: Mapping[str, Tensor], masks: Mapping[str, Tensor]
+        ) -> dict[str, Tensor]:
+            number = next(done)
+            found = {}
+            for name, goal in goals.items():
+                rows = fitting_rows(len(end[name]), self.block)
+                count = ticket_counts(end[name].numel() // rows, goal, self.rounds)[number]
+                found[name] = prune_blocks(end[name], masks[name], count, rows=rows)
+            return found
+
+        ticket = prune_and_rewind(model, run, prune, self.rounds, names=goals).ticket()
+        run(ticket, None)
+        return ticket

@@ -27,12 +27,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchgraft.bench.task import Task, call, take
 from torchgraft.catalogue import Card, Claim
-from torchgraft.engines.binary import Estimator, Polynomial, binary_layers, hidden_layers, rebuild, sign, to_binary
+from torchgraft.engines.binary import Estimator, Polynomial, binary_layers, hidden_layers, scaled_rows, sign, to_binary
+from torchgraft.engines.binary.procedure import BinaryEdit, BinaryProcedure
 from torchgraft.engines.parametrize import Spec
-from torchgraft.engines.procedure import Procedure, Site
-from torchgraft.engines.surgery.edits import Edit, apply_edits
+from torchgraft.engines.surgery.edits import apply_edits
 from torchgraft.errors import BadInput
 
 __all__ = [
@@ -128,9 +127,7 @@ class BiPerEstimator(Estimator):
 
     def start(self, dense: Tensor) -> Tensor:
         """Return the weights, each row scaled so that its largest lies where the sine is 1."""
-        rows = dense.flatten(1)
-        largest = rows.abs().amax(1, keepdim=True).clamp(min=torch.finfo(dense.dtype).tiny)
-        return (rows / largest * (math.pi / (2 * self.omega))).reshape(dense.shape)
+        return scaled_rows(dense, math.pi / (2 * self.omega))
 
     def latent(self, signs: Tensor) -> Tensor:
         """Return the latents halfway up the wave, where the slope is omega / sqrt(2)."""
@@ -187,7 +184,7 @@ class NormalisedSign:
         return Polynomial()(a * torch.rsqrt(a.var(axes, keepdim=True) + _LEAST_VARIANCE))
 
 
-class BiPerEdit(Edit):
+class BiPerEdit(BinaryEdit):
     """Make the layers ``modules`` binary.
 
     Args:
@@ -198,25 +195,14 @@ class BiPerEdit(Edit):
     """
 
     op: ClassVar[str] = "biper"
-    modules: tuple[str, ...]
     omega: float
-    activations: bool = False
     stage: int = 2
 
-    def rewrite(self, model: nn.Module) -> nn.Module:
-        """Replace the layers; signs and scales are those of their weights."""
-
-        def build(old: nn.Module) -> nn.Module:
-            estimator = BiPerEstimator(self.omega, stage=self.stage)
-            activation = NormalisedSign() if self.activations else None
-            return to_binary(old, estimator=estimator, activation=activation, packs=self.stage == 2)
-
-        return rebuild(model, self.modules, build)
-
-    def describe(self) -> dict[str, str]:
-        """Say how each layer is held and executed."""
-        words = "binary weights and inputs" if self.activations else "binary weights"
-        return dict.fromkeys(self.modules, f"{words}, stored in bits, executed in floating point")
+    def build(self, old: nn.Module) -> nn.Module:
+        """Return the binary layer in place of ``old``."""
+        estimator = BiPerEstimator(self.omega, stage=self.stage)
+        activation = NormalisedSign() if self.activations else None
+        return to_binary(old, estimator=estimator, activation=activation, packs=self.stage == 2)
 
 
 def binarize(
@@ -323,7 +309,7 @@ def omega_for(target_error: float, scale: float) -> float:
     return high / scale
 
 
-class BiPer(Procedure):
+class BiPer(BinaryProcedure):
     """Binary weights for a share of the hidden layers, which recovery then trains; strength is the share.
 
     Layers join in the order of how little of the logits each alone changes.
@@ -342,39 +328,12 @@ class BiPer(Procedure):
     """
 
     card = CARD
-    expense = 2
 
     def __init__(self, *, omega: float = 20.0, activations: bool = False, samples: int = 64) -> None:
+        super().__init__(activations=activations, samples=samples)
         BiPerEstimator(omega)
-        if samples < 1:
-            raise BadInput(f"samples must be at least 1, got {samples}")
         self.omega = omega
-        self.activations = activations
-        self.samples = samples
 
-    def applies_to(self, model: nn.Module, task: Task, *, ignore: Sequence[str] = ()) -> list[Site]:
-        """Return the plain linear layers and convolutions between the first and the last."""
-        return [
-            Site(name, "layer", 1, sum(value.numel() for value in module.parameters()))
-            for name, module in hidden_layers(model, ignore=ignore).items()
-        ]
-
-    def plan(
-        self, model: nn.Module, task: Task, strength: float, *, ignore: Sequence[str] = (), seed: int = 0
-    ) -> list[Edit]:
-        """Take the layers that change the logits least first."""
-        names = list(hidden_layers(model, ignore=ignore))
-        inputs = take(task.train.inputs, slice(self.samples))
-        with torch.no_grad():
-            still = apply_edits(model, []).eval()
-            wanted = task.output_logits(call(still, inputs))
-            changes = {}
-            for name in names:
-                changed = self._edit((name,)).rewrite(apply_edits(still, [])).eval()
-                changes[name] = float((task.output_logits(call(changed, inputs)) - wanted).square().mean())
-        order = sorted(names, key=lambda name: changes[name])  # ties keep the order of the model
-        taken = set(order[: math.ceil(strength * len(order))])
-        return [self._edit(tuple(name for name in names if name in taken))]
-
-    def _edit(self, names: tuple[str, ...]) -> BiPerEdit:
+    def edit(self, names: tuple[str, ...]) -> BiPerEdit:
+        """Return the edit that makes the layers ``names`` binary."""
         return BiPerEdit(modules=names, omega=self.omega, activations=self.activations)
