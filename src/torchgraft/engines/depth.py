@@ -24,7 +24,7 @@ from torchgraft.bench.task import Inputs, call, take
 from torchgraft.engines.surgery.edits import Edit
 from torchgraft.errors import BadInput
 
-__all__ = ["LayerPath", "Pieces", "Stack", "rewired", "stacks"]
+__all__ = ["LayerPath", "Pieces", "Stack", "container_of", "rewired", "set_children", "stacks"]
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,14 @@ class LayerPath(Edit):
 
     def rewrite(self, model: nn.Module) -> nn.Module:
         """Put the children of the container in the order of the path."""
-        container = _container(model, self.name)
+        container = container_of(model, self.name)
         if len(container) != self.size:
             raise BadInput(f"{self.name!r} should have {self.size} layers, it has {len(container)}")
         wrong = [place for place in self.path if not 0 <= place < self.size]
         if wrong:
             raise BadInput(f"{self.name!r} has layers 0 to {self.size - 1}, the path names {wrong[0]}")
         blocks = _line_up(list(container), self.path)
-        _set_children(container, blocks)
+        set_children(container, blocks)
         config = _config(model, self.name, self.size)
         if config is not None:
             for field, value in _config_fields(config, self.path).items():
@@ -122,7 +122,8 @@ class LayerPath(Edit):
         return {self.name: f"{'; '.join(words)} ({len(self.path)} of {self.size} run)"}
 
 
-def _container(model: nn.Module, name: str) -> nn.ModuleList | nn.Sequential:
+def container_of(model: nn.Module, name: str) -> nn.ModuleList | nn.Sequential:
+    """Return the container ``name`` of ``model``; :class:`BadInput` where there is none."""
     try:
         found = model.get_submodule(name)
     except AttributeError:
@@ -132,7 +133,8 @@ def _container(model: nn.Module, name: str) -> nn.ModuleList | nn.Sequential:
     return found
 
 
-def _set_children(container: nn.ModuleList | nn.Sequential, blocks: Sequence[nn.Module]) -> None:
+def set_children(container: nn.ModuleList | nn.Sequential, blocks: Sequence[nn.Module]) -> None:
+    """Let ``blocks`` be the children of ``container``, in place."""
     container._modules.clear()
     for index, block in enumerate(blocks):
         container._modules[str(index)] = block
@@ -194,7 +196,7 @@ def _config_fields(config: Any, path: Sequence[int]) -> dict[str, Any]:
 @contextmanager
 def rewired(model: nn.Module, stack: Stack, blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Let ``model`` run ``blocks`` in place of those of ``stack``, in eval mode and without caches; then undo that."""
-    container = _container(model, stack.name)
+    container = container_of(model, stack.name)
     children = list(container)
     config = _config(model, stack.name, stack.size)
     placed = [*children[: stack.first], *blocks, *children[stack.first + stack.length :]]
@@ -207,11 +209,11 @@ def rewired(model: nn.Module, stack: Stack, blocks: Sequence[nn.Module]) -> Iter
     try:
         for field in changed:
             setattr(config, field, wanted[field])
-        _set_children(container, placed)
+        set_children(container, placed)
         with resting(model):
             yield
     finally:
-        _set_children(container, children)
+        set_children(container, children)
         for field, value in changed.items():
             setattr(config, field, value)
 
@@ -362,7 +364,7 @@ def _linked(before: nn.Module, after: nn.Module, calls: Mapping[nn.Module, list[
 
 def _runs_along(model: nn.Module, stack: Stack, layers: Sequence[int], example: Inputs) -> bool:
     """Whether the model runs exactly ``layers``, and does so whatever numbers the blocks carry."""
-    children = list(_container(model, stack.name))
+    children = list(container_of(model, stack.name))
     own = children[stack.first : stack.first + stack.length]
     blocks = [own[layer] for layer in layers]
     try:
@@ -455,7 +457,7 @@ class Pieces:
 
     def __init__(self, model: nn.Module, stack: Stack, inputs: Inputs) -> None:
         self.model, self.stack, self.inputs = model, stack, inputs
-        children = list(_container(model, stack.name))
+        children = list(container_of(model, stack.name))
         self.layers = children[stack.first : stack.first + stack.length]
         seen = self._capture(inputs)
         start = _input_of(seen[0])

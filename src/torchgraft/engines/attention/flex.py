@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from torchgraft.engines.attention.blocked import Pipeline, Places
-from torchgraft.engines.attention.masks import Both, Either, Given, Mask
+from torchgraft.engines.attention.masks import Both, Either, Given, Joined, Mask
 from torchgraft.engines.attention.pair import Pair
 from torchgraft.engines.attention.rows import Rows
 from torchgraft.engines.attention.stages import (
@@ -129,7 +129,7 @@ def _triton() -> bool:
 
 
 def _speaks_of_pairs(mask: Mask | None) -> bool:
-    if isinstance(mask, Both | Either):
+    if isinstance(mask, Joined):
         return all(_speaks_of_pairs(part) for part in mask.parts)
     return mask is None or hasattr(mask, "of_pair")
 
@@ -146,7 +146,7 @@ def _spoken(mask: Mask | None, places: Places, pairs: int) -> Mask | None:
     """
     if mask is None or _speaks_of_pairs(mask):
         return mask
-    if isinstance(mask, Both | Either):
+    if isinstance(mask, Joined):
         first, second = (_spoken(part, places, pairs) for part in mask.parts)
         return mask if first is None or second is None else type(mask)(first, second)
     if pairs > _TABLE:

@@ -12,7 +12,7 @@ from torchgraft.engines.attention.pair import Pair, picked
 from torchgraft.engines.attention.rows import Rows
 from torchgraft.errors import BadInput
 
-__all__ = ["Both", "Causal", "Either", "Given", "Mask", "Padding", "Window", "as_mask"]
+__all__ = ["Both", "Causal", "Either", "Given", "Joined", "Mask", "Padding", "Window", "as_mask"]
 
 
 class Mask(ABC):
@@ -54,8 +54,8 @@ def _farther(left: int | None, right: int | None) -> int | None:
     return None if left is None or right is None else max(left, right)
 
 
-class Both(Mask):
-    """What two masks leave.
+class Joined(Mask):
+    """Two masks that together make one.
 
     Args:
         first: one of them.
@@ -64,6 +64,18 @@ class Both(Mask):
 
     def __init__(self, first: Mask, second: Mask) -> None:
         self.parts = (first, second)
+
+    def check(self, batch: int, heads: int, queries: int, keys: int) -> None:
+        """Refuse what one of them refuses."""
+        for part in self.parts:
+            part.check(batch, heads, queries, keys)
+
+
+class Both(Joined):
+    """What two masks leave; see :class:`Joined`."""
+
+    def __init__(self, first: Mask, second: Mask) -> None:
+        super().__init__(first, second)
         self.behind = _nearer(first.behind, second.behind)
         self.ahead = _nearer(first.ahead, second.ahead)
 
@@ -72,22 +84,12 @@ class Both(Mask):
         first, second = self.parts
         return first.seen(rows) & second.seen(rows)
 
-    def check(self, batch: int, heads: int, queries: int, keys: int) -> None:
-        """Refuse what one of them refuses."""
-        for part in self.parts:
-            part.check(batch, heads, queries, keys)
 
-
-class Either(Mask):
-    """What at least one of two masks leaves.
-
-    Args:
-        first: one of them.
-        second: the other.
-    """
+class Either(Joined):
+    """What at least one of two masks leaves; see :class:`Joined`."""
 
     def __init__(self, first: Mask, second: Mask) -> None:
-        self.parts = (first, second)
+        super().__init__(first, second)
         self.behind = _farther(first.behind, second.behind)
         self.ahead = _farther(first.ahead, second.ahead)
 
@@ -95,11 +97,6 @@ class Either(Mask):
         """Return True where one of them may see."""
         first, second = self.parts
         return first.seen(rows) | second.seen(rows)
-
-    def check(self, batch: int, heads: int, queries: int, keys: int) -> None:
-        """Refuse what one of them refuses."""
-        for part in self.parts:
-            part.check(batch, heads, queries, keys)
 
 
 class Causal(Mask):

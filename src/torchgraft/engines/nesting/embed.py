@@ -16,11 +16,12 @@ from torch.nn import functional as F
 
 from torchgraft.bench.task import Inputs, call
 from torchgraft.engines.depth import Stack, stacks
-from torchgraft.engines.nesting.stitch import _blocks, _standing
+from torchgraft.engines.nesting.stitch import blocks_of, standing
 from torchgraft.errors import BadInput
 
 __all__ = [
     "ElasticEmbedder",
+    "Stored",
     "Views",
     "coordinate_divergence",
     "cut",
@@ -33,7 +34,7 @@ __all__ = [
 Views = Mapping[int, Tensor]
 
 
-class _Given(nn.Module):
+class Stored(nn.Module):
     """A block that makes of its input a hidden state that was kept."""
 
     def __init__(self, hidden: Any) -> None:
@@ -41,6 +42,7 @@ class _Given(nn.Module):
         self.hidden = hidden
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what was kept."""
         del args, kwargs
         return self.hidden
 
@@ -86,7 +88,7 @@ class ElasticEmbedder(nn.Module):
     def forward(self, inputs: Inputs, layers: Sequence[int] | None = None) -> dict[int, Tensor]:
         """Return the embeddings (B, D) of ``layers`` (default: all), from one pass through the deepest of them."""
         wanted = sorted({self.check_layer(layer) for layer in layers or range(1, self.layers + 1)})
-        blocks = _blocks(self.encoder, self.stack)[: wanted[-1]]
+        blocks = blocks_of(self.encoder, self.stack)[: wanted[-1]]
         hidden: dict[int, Any] = {}
         handles = [
             blocks[layer - 1].register_forward_hook(lambda module, args, output, at=layer: hidden.update({at: output}))
@@ -98,11 +100,11 @@ class ElasticEmbedder(nn.Module):
             for handle in handles:
                 handle.remove()
         for layer in wanted[:-1]:
-            found[layer] = self._run([_Given(hidden[layer])], inputs)
+            found[layer] = self._run([Stored(hidden[layer])], inputs)
         return {layer: found[layer] for layer in wanted}
 
     def _run(self, blocks: Sequence[nn.Module], inputs: Inputs) -> Tensor:
-        with _standing(self.encoder, self.stack, blocks, rest=True):
+        with standing(self.encoder, self.stack, blocks, rest=True):
             out: Tensor = call(self.encoder, inputs)
         return out
 
@@ -121,7 +123,7 @@ class ElasticEmbedder(nn.Module):
             -> (B, dim)
         """
         count = self.check_layer(self.layers if layer is None else layer)
-        out = self._run(_blocks(self.encoder, self.stack)[:count], inputs)
+        out = self._run(blocks_of(self.encoder, self.stack)[:count], inputs)
         out = cut(out, out.shape[-1] if dim is None else dim)
         return F.normalize(out, dim=-1) if renormalise else out
 

@@ -27,9 +27,9 @@ from torchgraft.bench.task import Inputs, Task, call, take
 from torchgraft.bench.training import Objective, train
 from torchgraft.engines.depth import LayerPath, Stack, stacks
 from torchgraft.engines.nesting.elastic import ElasticModule, ElasticProcedure
-from torchgraft.engines.nesting.embed import _Given, cut
+from torchgraft.engines.nesting.embed import Stored, cut
 from torchgraft.engines.nesting.nested import Nested
-from torchgraft.engines.nesting.stitch import _blocks, _standing
+from torchgraft.engines.nesting.stitch import blocks_of, standing
 from torchgraft.engines.nesting.train import calibrate
 from torchgraft.engines.sites import Refusal, Site, ignored
 from torchgraft.engines.surgery.edits import Edit
@@ -292,9 +292,9 @@ class Reading:
 @contextmanager
 def _resumed(model: nn.Module, found: Exits, hidden: Sequence[Any]) -> Iterator[None]:
     """Let what was kept stand for all layers of every stack."""
-    with ExitStack() as standing:
+    with ExitStack() as held:
         for stack, state in zip(found.stacks, hidden, strict=True):
-            standing.enter_context(_standing(model, stack, [_Given(state)], rest=True))
+            held.enter_context(standing(model, stack, [Stored(state)], rest=True))
         yield
 
 
@@ -334,7 +334,7 @@ def read(model: nn.Module, found: Exits, inputs: Inputs, layers: Sequence[int]) 
         return lambda module, args, output: hidden.update({(layer, number): output})
 
     handles = [
-        _blocks(model, stack)[layer - 1].register_forward_hook(keep(layer, number))
+        blocks_of(model, stack)[layer - 1].register_forward_hook(keep(layer, number))
         for number, stack in enumerate(found.stacks)
         for layer in wanted
     ]

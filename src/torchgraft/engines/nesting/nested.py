@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchgraft.bench.task import Inputs, call
 from torchgraft.engines.nesting.elastic import ElasticModule
 from torchgraft.engines.surgery.edits import Edit, edit_from_record, edit_to_record
-from torchgraft.engines.surgery.slicing import Slice, _like, _owner, _replace
+from torchgraft.engines.surgery.slicing import Slice, owner_of, parameter_like, replace_everywhere
 from torchgraft.engines.surgery.trace import shell
 from torchgraft.errors import BadInput
 
@@ -45,7 +45,7 @@ class Arrange(Edit):
     def rewrite(self, model: nn.Module) -> nn.Module:
         """Arrange ``model`` in place."""
         for name, orders in self.tensors.items():
-            module, leaf = _owner(model, name)
+            module, leaf = owner_of(model, name)
             old: Tensor | None = module._parameters.get(leaf)
             old = module._buffers.get(leaf) if old is None else old
             if old is None:
@@ -55,9 +55,9 @@ class Arrange(Edit):
                 if dim >= value.ndim or max(order) >= value.shape[dim]:
                     raise BadInput(f"{name} of shape {tuple(old.shape)} is too small for dimension {dim} of the order")
                 value = value.index_select(dim, torch.tensor(order, device=value.device))
-            _replace(model, old, _like(old, value))
+            replace_everywhere(model, old, parameter_like(old, value))
         for name, size in self.attributes.items():
-            module, leaf = _owner(model, name)
+            module, leaf = owner_of(model, name)
             setattr(module, leaf, size)
         return model
 
@@ -242,7 +242,7 @@ class Nested(nn.Module):
         for held, parameters in ((True, self.net.named_parameters), (False, self.net.named_buffers)):
             for name, value in parameters():
                 canonical.setdefault(id(value), name)
-                owner, leaf = _owner(self.net, name)
+                owner, leaf = owner_of(self.net, name)
                 homes.setdefault(name, (owner._parameters if held else owner._buffers, leaf))
         tables: list[Any] = [table for part in module.modules() for table in (part._parameters, part._buffers)]
         named = [

@@ -21,7 +21,7 @@ from torchgraft.engines.depth import LayerPath, Stack, stacks
 from torchgraft.engines.nesting.nested import Arrange, Nest, Nested
 from torchgraft.engines.surgery.axes import Axis, Sum, Term, resolve
 from torchgraft.engines.surgery.edits import Edit
-from torchgraft.engines.surgery.slicing import Slice, _runs
+from torchgraft.engines.surgery.slicing import Slice, runs_of
 from torchgraft.engines.surgery.trace import shell
 from torchgraft.engines.width import Study, calibration, gradient_products, prepare
 from torchgraft.errors import BadInput
@@ -121,7 +121,7 @@ def arrange(
             for dim, term in terms.items():
                 _, flag = _lay(term, by_axis, by_count)
                 if not bool(flag.all()):
-                    cuts.setdefault(tensor, {})[dim] = _runs(flag)
+                    cuts.setdefault(tensor, {})[dim] = runs_of(flag)
         if not cuts:
             levels.append(())
             continue

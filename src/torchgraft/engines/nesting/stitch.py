@@ -18,12 +18,23 @@ from torch import Tensor, nn
 
 from torchgraft.bench.meters.forward import resting
 from torchgraft.bench.task import Inputs, call
-from torchgraft.engines.depth import Stack, _container, _set_children
+from torchgraft.engines.depth import Stack, container_of, set_children
 from torchgraft.engines.nesting.elastic import ElasticModule
 from torchgraft.engines.surgery.edits import Edit, edit_from_record
 from torchgraft.errors import BadInput
 
-__all__ = ["Route", "Stitch", "Stitched", "StitchedElastic", "channel_dim", "layer_outputs", "least_squares", "windows"]
+__all__ = [
+    "Route",
+    "Stitch",
+    "Stitched",
+    "StitchedElastic",
+    "blocks_of",
+    "channel_dim",
+    "layer_outputs",
+    "least_squares",
+    "standing",
+    "windows",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,20 +121,21 @@ class _Enter(nn.Module):
 
 
 @contextmanager
-def _standing(model: nn.Module, stack: Stack, blocks: Sequence[nn.Module], *, rest: bool) -> Iterator[None]:
+def standing(model: nn.Module, stack: Stack, blocks: Sequence[nn.Module], *, rest: bool) -> Iterator[None]:
     """Let ``blocks`` stand for those of the stack, followed by what follows it where ``rest``."""
-    container = _container(model, stack.name)
+    container = container_of(model, stack.name)
     children = list(container)
     after = children[stack.first + stack.length :] if rest else []
     try:
-        _set_children(container, [*children[: stack.first], *blocks, *after])
+        set_children(container, [*children[: stack.first], *blocks, *after])
         yield
     finally:
-        _set_children(container, children)
+        set_children(container, children)
 
 
-def _blocks(model: nn.Module, stack: Stack) -> list[nn.Module]:
-    return list(_container(model, stack.name))[stack.first : stack.first + stack.length]
+def blocks_of(model: nn.Module, stack: Stack) -> list[nn.Module]:
+    """Return the blocks of ``stack``."""
+    return list(container_of(model, stack.name))[stack.first : stack.first + stack.length]
 
 
 def layer_outputs(model: nn.Module, stack: Stack, inputs: Inputs) -> list[Tensor]:
@@ -135,7 +147,7 @@ def layer_outputs(model: nn.Module, stack: Stack, inputs: Inputs) -> list[Tensor
     found: list[Any] = []
     handles = [
         block.register_forward_hook(lambda module, args, output: found.append(output))
-        for block in _blocks(model, stack)
+        for block in blocks_of(model, stack)
     ]
     try:
         with resting(model), torch.no_grad():
@@ -202,15 +214,15 @@ class Stitched(nn.Module):
         hidden = self.leave(route.front, route.left, *args, **kwargs)
         mapped = self.stitches[route.stitch](hidden.movedim(self.channels, -1)).movedim(-1, self.channels)
         end, stack = self.anchors[route.end], self.stacks[route.end]
-        blocks = _blocks(end, stack)[route.entered :]
-        with _standing(end, stack, [_Enter(blocks[0], mapped), *blocks[1:]], rest=True):
+        blocks = blocks_of(end, stack)[route.entered :]
+        with standing(end, stack, [_Enter(blocks[0], mapped), *blocks[1:]], rest=True):
             return end(*args, **kwargs)
 
     def leave(self, anchor: int, layers: int, *args: Any, **kwargs: Any) -> Tensor:
         """Return the hidden state after the first ``layers`` layers of an anchor; nothing after them runs."""
         model, stack = self.anchors[anchor], self.stacks[anchor]
-        blocks = _blocks(model, stack)[:layers]
-        with _standing(model, stack, [*blocks[:-1], _Leave(blocks[-1])], rest=False):
+        blocks = blocks_of(model, stack)[:layers]
+        with standing(model, stack, [*blocks[:-1], _Leave(blocks[-1])], rest=False):
             try:
                 model(*args, **kwargs)
             except _Reached as reached:

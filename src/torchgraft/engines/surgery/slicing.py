@@ -25,7 +25,17 @@ from torchgraft.engines.surgery.rules import Analysis, Use, analyse
 from torchgraft.engines.surgery.trace import Traced, evaluated, few, shell, trace, user_line
 from torchgraft.errors import BadInput, nearest
 
-__all__ = ["Group", "Refusal", "Slice", "Structure", "structure"]
+__all__ = [
+    "Group",
+    "Refusal",
+    "Slice",
+    "Structure",
+    "owner_of",
+    "parameter_like",
+    "replace_everywhere",
+    "runs_of",
+    "structure",
+]
 
 _TOLERANCE = 1e-4  # of the outputs' largest entry, in float32; other sums in another order differ by about 1e-6
 _HYPOTHESES = 64
@@ -51,7 +61,7 @@ class Group:
     exact: bool
 
 
-def _runs(mask: Tensor) -> tuple[tuple[int, int], ...]:
+def runs_of(mask: Tensor) -> tuple[tuple[int, int], ...]:
     """Return the kept indices of a bool mask as ``(start, stop)`` runs."""
     edges = torch.diff(
         mask.to(torch.int8), prepend=torch.zeros(1, dtype=torch.int8), append=torch.zeros(1, dtype=torch.int8)
@@ -60,7 +70,7 @@ def _runs(mask: Tensor) -> tuple[tuple[int, int], ...]:
     return tuple(zip(starts, stops, strict=True))
 
 
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """Return the module that holds parameter or buffer ``name``, and the name's last part."""
     path, _, leaf = name.rpartition(".")
     try:
@@ -69,12 +79,12 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
         raise BadInput(f"the model has no module {path!r}, which a slice was made for") from None
 
 
-def _like(old: Tensor, value: Tensor) -> Tensor:
+def parameter_like(old: Tensor, value: Tensor) -> Tensor:
     """Return ``value`` as a parameter where ``old`` is one."""
     return nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
 
 
-def _replace(model: nn.Module, old: Tensor, new: Tensor) -> None:
+def replace_everywhere(model: nn.Module, old: Tensor, new: Tensor) -> None:
     """Put ``new`` wherever ``model`` holds the parameter or buffer ``old``, so that tied tensors stay tied."""
     for module in model.modules():
         held = module._parameters if isinstance(old, nn.Parameter) else module._buffers
@@ -100,7 +110,7 @@ class Slice(Edit):
     def rewrite(self, model: nn.Module) -> nn.Module:
         """Cut ``model`` in place; no tracing and no data."""
         for name, cuts in self.tensors.items():
-            module, leaf = _owner(model, name)
+            module, leaf = owner_of(model, name)
             old: Tensor | None = module._parameters.get(leaf)
             if old is None:
                 old = module._buffers.get(leaf)
@@ -112,9 +122,9 @@ class Slice(Edit):
                     raise BadInput(f"{name} of shape {tuple(old.shape)} is too small for dimension {dim} of the slice")
                 index = torch.cat([torch.arange(start, stop, device=value.device) for start, stop in runs])
                 value = value.index_select(dim, index)
-            _replace(model, old, _like(old, value))
+            replace_everywhere(model, old, parameter_like(old, value))
         for name, size in self.attributes.items():
-            module, leaf = _owner(model, name)
+            module, leaf = owner_of(model, name)
             setattr(module, leaf, size)
         return model
 
@@ -217,7 +227,7 @@ class Structure:
                 attributes[name] = kept_size(term, masks)
         return Slice(
             tensors={
-                name: {dim: _runs(mask) for dim, mask in cuts.items()} for name, cuts in self._cuts(masks).items()
+                name: {dim: runs_of(mask) for dim, mask in cuts.items()} for name, cuts in self._cuts(masks).items()
             },
             attributes=attributes,
             units={name: (len(keep[name]), self._axes[name].size) for name in keep},
@@ -227,7 +237,7 @@ class Structure:
         """Zero in place every parameter and floating-point buffer entry of ``model`` that the slice would remove."""
         with torch.no_grad():
             for name, cuts in self._cuts(self.masks(keep)).items():
-                module, leaf = _owner(model, name)
+                module, leaf = owner_of(model, name)
                 value = getattr(module, leaf)
                 if not value.is_floating_point():
                     continue
@@ -652,10 +662,10 @@ class _Trial:
         masked = shell(self.base)
         for group in groups:
             for name in found.tensors(group.name):
-                module, leaf = _owner(masked, name)
+                module, leaf = owner_of(masked, name)
                 old = getattr(module, leaf)
                 if any(old is value for value in self.held):
-                    _replace(masked, old, _like(old, old.detach().clone()))
+                    replace_everywhere(masked, old, parameter_like(old, old.detach().clone()))
         found.mask_(masked, keep)
         before = self.outputs(masked)
         if [leaf.shape for leaf in before] != [leaf.shape for leaf in after]:
