@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize as native
 
 from torchgraft.bench.task import Inputs
 from torchgraft.engines.surgery.edits import Edit
-from torchgraft.errors import BadInput, nearest
+from torchgraft.errors import BadInput, Untraceable, nearest
 
 __all__ = ["FoldNorms", "LowRankProduct", "Masked", "Spec", "fold", "norm_pairs", "parametrize", "spec_of"]
 
@@ -307,24 +307,19 @@ class _Candidates:
 
 
 def _read_off_graph(model: nn.Module, example: Inputs, candidates: _Candidates) -> list[tuple[str, str]] | None:
-    kwargs = dict(example) if isinstance(example, Mapping) else {}
-    args: tuple[Any, ...] = (
-        () if isinstance(example, Mapping) else example if isinstance(example, tuple) else (example,)
-    )
+    from torchgraft.engines.surgery.trace import trace  # surgery knows parametrised layers, so not at import
+
     try:
-        program = torch.export.export(model, args, kwargs)
-    except Exception:
-        # torch.export raises many types for what it cannot follow; the caller then looks at nn.Sequential alone.
-        return None
-    signature = program.graph_signature
-    held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        traced = trace(model, example)
+    except Untraceable:
+        return None  # the caller then looks at nn.Sequential alone
     owner: dict[str, nn.Module] = {}
     for module in candidates.names:
         for key in (*module._parameters, *module._buffers):
             owner[f"{candidates.names[module]}.{key}"] = module
     readers: dict[nn.Module, set[Any]] = {}
-    for node in program.graph.nodes:
-        home = owner.get(held.get(node.name, "")) if node.op == "placeholder" else None
+    for node in traced.graph.nodes:
+        home = owner.get(traced.tensors.get(node.name, "")) if node.op == "placeholder" else None
         if home is not None:
             readers.setdefault(home, set()).update(node.users)
     pairs: list[tuple[str, str]] = []

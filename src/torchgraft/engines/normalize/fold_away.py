@@ -138,7 +138,7 @@ class FoldReader:
             ignore: globs of modules that take up nothing and stay.
 
         Raises:
-            Untraceable: there are batch norms, and the model cannot be traced.
+            Untraceable: the model has batch norms and cannot be traced, and no neighbours in it tell who reads what.
         """
         # Neither how wide its layers are nor a note changes who reads what.
         edits = [edit_to_record(edit) for edit in history(model) if not isinstance(edit, (Slice, NoteNorms))]
@@ -151,12 +151,12 @@ class FoldReader:
     def _traced(self, model: nn.Module, example: Inputs, ignore: Sequence[str]) -> FoldAway:
         plain = apply_edits(model, []).eval()
         kinds = dict(plain.named_modules())
-        if any(isinstance(module, BATCH_NORMS) for module in kinds.values()):
-            read_norms(plain, example, {})  # a model that cannot be traced is refused here, with the line
         replaced = [name for name, module in kinds.items() if isinstance(module, Folds) and not ignored(name, ignore)]
         for name in replaced:
             replace_module(plain, name, cast(Folds, kinds[name]).folded())
         behind = tuple(pair for pair in norm_pairs(plain, example) if not any(ignored(name, ignore) for name in pair))
+        if not behind and any(isinstance(module, BATCH_NORMS) for module in kinds.values()):
+            read_norms(plain, example, {})  # a model that cannot be traced is refused here, with the line
         gone = {norm for _, norm in behind}
         left = [
             name
