@@ -182,6 +182,28 @@ def test_a_study_is_remembered_until_the_model_changes() -> None:
     assert torch.equal(second.model[0].weight, model[0].weight)
 
 
+def test_a_study_with_other_settings_does_not_look_for_what_is_coupled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = VisionTransformer(d_model=16, depth=1, num_heads=2).eval()
+    task = _task(model)
+    fresh = study(copy.deepcopy(model), task, exact_only=True, cost="parameters")
+    first = study(model, task)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("traced again")
+
+    monkeypatch.setattr("torchgraft.engines.width.structure", refuse)
+    other = study(model, task, exact_only=True, cost="parameters")
+    assert other is not first
+    assert other.structure is first.structure
+    assert set(other.groups) == set(fresh.groups)
+    assert {name: float(use) for name, use in other.uses.items()} == {n: float(u) for n, u in fresh.uses.items()}
+    assert study(model, task, exact_only=True, cost="parameters") is other
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    with pytest.raises(AssertionError, match="traced again"):
+        study(model, task, exact_only=True)
+
+
 def test_random_depends_on_the_seed_alone() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 30), nn.ReLU(), nn.Linear(30, 3)).eval()

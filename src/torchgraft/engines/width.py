@@ -154,7 +154,18 @@ def prepare(
     fixed = tuple(name for name in convertible(model) if not ignored(name, ignore))
     prelude = (Convert(names=fixed),) if fixed else ()
     ready = apply_edits(model, prelude).eval()
-    found = structure(ready, example, ignore=ignore)
+    return _priced(ready, prelude, structure(ready, example, ignore=ignore), example, exact_only=exact_only, cost=cost)
+
+
+def _priced(
+    ready: nn.Module,
+    prelude: tuple[Edit, ...],
+    found: Structure,
+    example: Inputs,
+    *,
+    exact_only: bool,
+    cost: Literal["macs", "parameters"],
+) -> Study:
     groups = {group.name: group for group in found.groups if group.size > 1 and (group.exact or not exact_only)}
     if cost == "macs":
         uses = uses_per_entry(ready, example)
@@ -187,15 +198,22 @@ def study(
         *((name, value.data_ptr(), value._version, value.shape) for name, value in model.named_parameters()),
         *((name, value.data_ptr(), value._version, value.shape) for name, value in model.named_buffers()),
     )
-    key = (print_of_model, tuple(ignore), exact_only, cost)
+    built = (print_of_model, tuple(ignore))
+    key = (*built, exact_only, cost)
+    like: Study | None = None  # the same model's with other settings: what is coupled there is coupled here
     for entry in list(_STUDIES):
         known_model, known_task, known_key, known = entry
         if known_model() is None or known_task() is None:
             _STUDIES.remove(entry)
-        elif known_model() is model and known_task() is task and known_key == key:
-            return known
+        elif known_model() is model and known_task() is task and known_key[:2] == built:
+            if known_key == key:
+                return known
+            like = known
     example = take(task.train.inputs, slice(min(len(task.train), 4)))
-    made = prepare(model, example, ignore=ignore, exact_only=exact_only, cost=cost)
+    if like is None:
+        made = prepare(model, example, ignore=ignore, exact_only=exact_only, cost=cost)
+    else:
+        made = _priced(like.model, like.prelude, like.structure, example, exact_only=exact_only, cost=cost)
     _STUDIES.append((weakref.ref(model), weakref.ref(task), key, made))
     del _STUDIES[:-_KEPT]
     return made
