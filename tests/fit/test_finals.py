@@ -58,3 +58,25 @@ def test_a_step_is_timed_on_a_copy(task_file: Path) -> None:
     before = [parameter.clone() for parameter in model.parameters()]
     assert workshop.step_seconds(model) > 0
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_each_procedure_is_told_what_it_did_where_several_act_on_one_layer() -> None:
+    from torchgraft.contracts.subjects import case
+    from torchgraft.engines.surgery.edits import apply_edits
+    from torchgraft.shrink.prune.magnitude_pruning import MagnitudePruning
+    from torchgraft.shrink.prune.norm_folding import NormFolding
+
+    tiny = case("cnn")
+    folding = NormFolding()
+    model = folding.apply(MagnitudePruning().apply(tiny.model, tiny.task, 0.5), tiny.task, 1.0)
+    model = apply_edits(model, folding.ending(model, tiny.task))
+    strengths = {"magnitude-pruning": 0.5, "norm-folding": 1.0}
+    finalist = finals.Finalist("trial-0", model, strengths, 0, torch.ones(4))
+    width, norms = finals._applied(SimpleNamespace(), finalist)  # type: ignore[arg-type]
+    assert (width.key, norms.key) == tuple(strengths)
+    assert width.changes
+    assert all("kept" in words and "norm" not in words for words in width.changes.values())
+    assert norms.changes["norm"] == "batch norm to be folded; norm folded into stem"
+    assert norms.changes["stem"] == "norm folded in"
+    assert all("kept" not in words for words in norms.changes.values())
+    assert set(width.changes) & set(norms.changes)  # the same layers, told twice

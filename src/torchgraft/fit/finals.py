@@ -177,13 +177,13 @@ def _applied(workshop: Workshop, finalist: Finalist) -> list[Applied]:
         own = homes.pop(card.module_name, {})
         applied.append((card, strength, own))
     if applied and homes:  # edits whose home is an engine belong to the procedures that have none of their own
-        shared = {module: words for own in homes.values() for module, words in own.items()}
-        by_stage = {"mixer": "linear attention", "depth": "layer", "width": "kept", "rank": "rank", "norms": "norm"}
-        for card, _, own in applied:
-            word = by_stage.get(card.stage or "", "")
-            mine = {m: w for m, w in shared.items() if word and word in w}
-            own.update(mine)
-            shared = {m: w for m, w in shared.items() if m not in mine}
+        shared = [entry for own in homes.values() for entry in own.items()]
+        # The words of folded norms name layers, so they are looked for first.
+        by_stage = {"norms": "norm", "mixer": "linear attention", "depth": "layer", "width": "kept", "rank": "rank"}
+        for stage, word in by_stage.items():
+            for own in (own for card, _, own in applied if card.stage == stage):
+                own.update((m, w) for m, w in shared if word in w)
+                shared = [(m, w) for m, w in shared if word not in w]
         applied[0][2].update(shared)
     return [
         Applied(key=card.key, title=card.title, strength=strength, sites=sorted(own), changes=own)
