@@ -19,7 +19,7 @@ from torchgraft.catalogue import Card
 from torchgraft.contracts import CHECKS, Subject, attention, checks_for, elastic, memories, mixers, modules, norms
 from torchgraft.contracts.run import run_check
 from torchgraft.engines.procedure import Procedure, Site, ignored
-from torchgraft.engines.surgery.edits import Edit, apply_edits
+from torchgraft.engines.surgery.edits import Edit, apply_edits, history
 from torchgraft.engines.surgery.slicing import Slice, Structure, structure
 from torchgraft.errors import BadInput, Untraceable
 
@@ -176,6 +176,36 @@ class _Scaled(nn.Module):
         return self.inner(x) * self.gain
 
 
+class _Scale(Edit):
+    """Scale the first parameter."""
+
+    __module__ = "torchgraft.toy"
+    op: ClassVar[str] = "toy-scale"
+    gain: float
+
+    def rewrite(self, model: nn.Module) -> nn.Module:
+        with torch.no_grad():
+            next(model.parameters()).mul_(self.gain)
+        return model
+
+    def describe(self) -> dict[str, str]:
+        return {}
+
+
+class EndsElsewhere(Sound):
+    """What is left to do at the end changes what the model says."""
+
+    def ending(self, model: nn.Module, task: Task, *, ignore: Sequence[str] = ()) -> list[Edit]:
+        return [] if any(isinstance(edit, _Scale) for edit in history(model)) else [_Scale(gain=1.5)]
+
+
+class EndsForever(Sound):
+    """There is always something left to do."""
+
+    def ending(self, model: nn.Module, task: Task, *, ignore: Sequence[str] = ()) -> list[Edit]:
+        return [_Scale(gain=1.0)]
+
+
 class KeepsAStateOutside(_After):
     """What decides the outputs is neither in the edits nor in the state dict."""
 
@@ -312,6 +342,7 @@ BROKEN: dict[str, tuple[type[Procedure], ...]] = {
     "cost-never-rises-with-strength": (CostsMore,),
     "ignored-modules-stay": (IgnoresIgnore,),
     "reload-gives-the-same-outputs": (KeepsAStateOutside,),
+    "ending-keeps-the-outputs": (EndsElsewhere, EndsForever),
     "deepcopy-keeps-outputs-and-history": (SharesWithCopies,),
     "eval-is-deterministic": (AddsNoise, StaysInTraining),
     "bad-strength-is-refused": (TakesAnyStrength,),

@@ -28,7 +28,7 @@ def test_the_branch_has_the_mean_square_of_its_gain(gain: float, scale: float, s
     torch.manual_seed(seed)
     block: Any = PeriLNBlock(12, sublayer=_mlp(12)).double()
     with torch.no_grad():
-        block.output_norm.weight.copy_(gain * torch.rand(12))
+        block.output_norm.weight.copy_(gain * (0.1 + torch.rand(12)))
         block.sublayer[2].weight.mul_(scale)
     x = torch.randn(2, 400, 12, dtype=torch.float64)
     g: Any = block.output_norm.weight
@@ -37,8 +37,6 @@ def test_the_branch_has_the_mean_square_of_its_gain(gain: float, scale: float, s
         g = g.detach()
     ratio = branch / g  # every token of unit mean square before the gain
     torch.testing.assert_close(ratio.square().mean(-1), torch.ones(2, 400).double(), rtol=1e-2, atol=1e-4)
-    if gain > 0.5 and scale > 1.0:
-        assert abs(float(branch.square().mean()) / float(g.square().mean()) - 1) < 0.3
 
 
 def test_equal_gains_give_every_token_exactly_that_mean_square() -> None:
