@@ -21,7 +21,6 @@ from torchgraft.catalogue.card import STAGES
 from torchgraft.engines import recipe
 from torchgraft.errors import BadInput
 from torchgraft.fit import storage
-from torchgraft.fit.nearby import nearby
 from torchgraft.fit.opening import STARTUP, alone, ascent, descent
 from torchgraft.fit.plan import Plan, check_combination
 from torchgraft.fit.workshop import FILLERS, Choice, Made, Workshop
@@ -32,9 +31,6 @@ __all__ = ["MEASURE_SECONDS", "Effort", "Progress", "search", "trial_records"]
 NONE = "none"
 #: A trial is stopped early only when at least this many others have come as far.
 QUORUM = 4
-
-#: Without a budget, one in so many trials after the ascent is the sampler's; the others look around the front.
-SAMPLED = 3
 
 #: How long models are timed side by side at the end of a run, at most.
 MEASURE_SECONDS = 20.0
@@ -125,16 +121,11 @@ def _choose(trial: optuna.Trial, plan: Plan, slot: int, *, budgeted: bool) -> Ch
         return replace(choice, procedures={s: kv for s, kv in choice.procedures.items() if kv[0] in keys})
 
 
-def _first_choice(workshop: Workshop, trials: Sequence[Trial], slot: int) -> Choice | None:
-    """Return what is tried in ``slot`` after ``trials``, or ``None`` where the sampler chooses."""
+def _first_choice(workshop: Workshop, trials: Sequence[Trial]) -> Choice | None:
+    """Return what the opening tries after ``trials``, or ``None`` where the sampler chooses."""
     score = float(workshop.validation.mean())
     if not workshop.limits:
-        plan, costs, span = workshop.plan, workshop.costs, workshop.span
-        climbed = ascent(plan, aims=costs, trials=trials, original=score, span=span)
-        if climbed is not None or slot % SAMPLED == 0:
-            return climbed
-        seed = slot_seed(workshop.seed, slot)
-        return nearby(plan, aims=costs, trials=trials, original=score, seed=seed, span=span)
+        return ascent(workshop.plan, aims=workshop.costs, trials=trials, original=score, span=workshop.span)
     needs = {limit.cost: workshop.bound(limit.cost) for limit in workshop.limits}
     combined = descent(workshop.plan, needs=needs, trials=trials, original=score)
     if combined is not None:
@@ -267,7 +258,7 @@ def search(
                     time.sleep(0.5)
                     continue
                 break
-            first = _first_choice(workshop, trial_records(study), slot)
+            first = _first_choice(workshop, trial_records(study))
             study.sampler = _sampler(workshop.seed, slot, first, workshop.plan)
             trial = study.ask()
             trial.set_user_attr(storage.WORKER, storage.worker())
