@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchgraft.bench.meters import macs
+from torchgraft.bench.models import VisionTransformer
 from torchgraft.bench.task import Split, Task
 from torchgraft.elastic.first_layer_routers import (
     LayerRouters,
@@ -142,3 +144,35 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(BadInput):
         LayerRouters(wanted=(0.8, 0.4))
     assert len(add_layer_routers(model, tokens, layers=[1, 2]).blocks) == 2
+
+
+def test_budgets_are_declared_as_they_are_after_the_last_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 1, 8, 8), torch.randint(0, 4, (64,))
+    data = Split(x, y)
+    net = VisionTransformer(8, 2, 1, 4, d_model=16, depth=4, num_heads=2).eval()
+    task = Task(net, data, data, data, F.cross_entropy, lambda out, t: (out.argmax(-1) == t).double(), batch_size=16)
+    procedure = LayerRouters(samples=64)
+    elastic = procedure.build(net, task)
+    assert isinstance(elastic, RoutedModel)
+    with torch.no_grad():
+        for block in elastic.blocks:
+            block.router.weight.normal_(generator=torch.Generator().manual_seed(2), std=0.5)
+    moved: list[float] = []
+
+    def disturb(model: RoutedModel, *_: object, **__: object) -> int:
+        before = [counted(model, budget) for budget in model.budgets]
+        with torch.no_grad():  # as adapters do: what a later router reads is another hidden state
+            for value in model.blocks[0].block.parameters():
+                value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(3)))
+        moved.extend(abs(counted(model, b) / c - 1) for b, c in zip(model.budgets, before, strict=True))
+        return 1
+
+    def counted(model: RoutedModel, budget: float) -> float:
+        return macs(model.set_budget(budget), x) / macs(model.set_budget(1.0), x)
+
+    monkeypatch.setattr("torchgraft.elastic.first_layer_routers.fit_lora", disturb)
+    procedure.train(elastic, task, steps=2)
+    assert max(moved) > 0.02  # decisions did change
+    for budget in elastic.budgets:
+        assert counted(elastic, budget) == pytest.approx(budget, rel=1e-6)

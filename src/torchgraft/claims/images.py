@@ -17,7 +17,7 @@ from torchgraft.bench.tasks.digits import splits
 from torchgraft.bench.training import Objective, supervised, train
 from torchgraft.errors import BadInput
 
-__all__ = ["accuracy", "digits", "images_of", "train_images"]
+__all__ = ["accuracy", "digits", "images_of", "noisy", "train_images"]
 
 
 def images_of(split: Split) -> Tensor:
@@ -25,6 +25,13 @@ def images_of(split: Split) -> Tensor:
     if not isinstance(split.inputs, Tensor):
         raise BadInput(f"the inputs of a split of images must be one tensor, got {type(split.inputs).__name__}")
     return split.inputs
+
+
+def noisy(split: Split, deviation: float, *, copies: int, seed: int) -> Split:
+    """Return every image ``copies`` times, each time with other Gaussian noise of that deviation."""
+    images = images_of(split).repeat(copies, 1, 1, 1)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+    return Split(images + deviation * noise, split.target.repeat(copies))
 
 
 def _larger(split: Split, size: int) -> Split:

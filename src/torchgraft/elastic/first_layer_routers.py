@@ -374,7 +374,10 @@ class LayerRouters(ElasticProcedure):
         first = (steps + 1) // 2
         done = fit_routers(model, task, steps=first, seed=seed, deadline=deadline)
         self._calibrate(model, task)
-        return done + fit_lora(model, task, steps=steps - first, seed=seed + 1, deadline=deadline)
+        adapted = fit_lora(model, task, steps=steps - first, seed=seed + 1, deadline=deadline)
+        if adapted:  # a router reads what adapters before it have changed
+            self._calibrate(model, task)
+        return done + adapted
 
 
 def _routed(elastic: ElasticModule) -> RoutedModel:
