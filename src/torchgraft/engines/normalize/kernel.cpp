@@ -123,25 +123,41 @@ typedef float Lanes __attribute__((vector_size(64)));
 constexpr int64_t kLanes = 16;
 
 // The sums over the columns of R rows at once, since one chain of additions would wait for each before the next.
-// value(r, i, at) is what row r adds at column i, where at(p) reads the number or the lanes at p.
-template <int R, typename Value>
-inline void row_sums(int64_t size, float* sums, Value value) {
-  Lanes held[R] = {};
+template <int R>
+struct RowSums {
+  void add(int r, const Lanes& value) { lanes[r] += value; }
+  void add(int r, float value) { rest[r] += value; }
+  float total(int r) const {
+    float sum = rest[r];
+    for (int64_t lane = 0; lane < kLanes; ++lane) sum += lanes[r][lane];
+    return sum;
+  }
+
+  Lanes lanes[R] = {};
+  float rest[R] = {};
+};
+
+inline void add_to(double* to, const Lanes& value) {
+#pragma omp simd
+  for (int64_t lane = 0; lane < kLanes; ++lane) to[lane] += value[lane];
+}
+inline void add_to(double* to, float value) { *to += value; }
+
+// Calls work(i, at, none) for the columns, lanes at a time and the last ones singly; at(p) reads the lanes or the number
+// at p, and none is their zero.
+template <typename Work>
+inline void over_columns(int64_t size, Work work) {
   int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-      held[r] += value(r, i, [](const float* from) {
-        Lanes read;
-        std::memcpy(&read, from, sizeof read);
-        return read;
-      });
-  }
-  for (int r = 0; r < R; ++r) {
-    sums[r] = 0.0f;
-    for (int64_t lane = 0; lane < kLanes; ++lane) sums[r] += held[r][lane];
-    for (int64_t rest = i; rest < size; ++rest) sums[r] += value(r, rest, [](const float* from) { return *from; });
-  }
+  for (; i + kLanes <= size; i += kLanes)
+    work(
+        i,
+        [](const float* from) {
+          Lanes read;
+          std::memcpy(&read, from, sizeof read);
+          return read;
+        },
+        Lanes{});
+  for (; i < size; ++i) work(i, [](const float* from) { return *from; }, 0.0f);
 }
 
 // Mean and biased variance of each column: of eight rows in registers, as by the definition, then merged by the law of
@@ -169,16 +185,23 @@ void column_moments(const float* x, float* mean, float* var, float* row_mean, fl
       spread[i] += square + off * off * cross;
     }
     if (row_mean == nullptr) return;
-    float middle[R], squares[R];
-    row_sums<R>(size, middle, [&](int r, int64_t i, auto at) { return at(from + r * size + i); });
-    for (int r = 0; r < R; ++r) middle[r] /= size;
-    row_sums<R>(size, squares, [&](int r, int64_t i, auto at) {
-      const auto off = at(from + r * size + i) - middle[r];
-      return off * off;
+    RowSums<R> values, squares;
+    over_columns(size, [&](int64_t i, auto at, auto) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) values.add(r, at(from + r * size + i));
+    });
+    float middle[R];
+    for (int r = 0; r < R; ++r) middle[r] = values.total(r) / size;
+    over_columns(size, [&](int64_t i, auto at, auto) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const auto off = at(from + r * size + i) - middle[r];
+        squares.add(r, off * off);
+      }
     });
     for (int r = 0; r < R; ++r) {
       row_mean[row + r] = middle[r];
-      row_inverse[row + r] = 1.0f / std::sqrt(squares[r] / size + row_eps);
+      row_inverse[row + r] = 1.0f / std::sqrt(squares.total(r) / size + row_eps);
     }
   });
   for (int64_t i = 0; i < width; ++i) {
@@ -467,27 +490,27 @@ void torchgraft_blend_backward(const float* grad, const float* x, const float* w
       return;
     }
     const float *centre = row_mean + row, *inverse = row_inverse + row;
-    float pushed[R], turned[R];
-    row_sums<R>(size, pushed, [&](int r, int64_t i, auto at) { return at(above + r * size + i) * at(w + i); });
-    row_sums<R>(size, turned, [&](int r, int64_t i, auto at) {
-      return at(above + r * size + i) * at(w + i) * (at(from + r * size + i) - centre[r]);
+    RowSums<R> pushed, turned;
+    over_columns(size, [&](int64_t i, auto at, auto none) {
+      auto a = none, b = none, c = none;
+      const auto gain_of = at(w + i), off = at(middle + i);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const auto g = at(above + r * size + i), value = at(from + r * size + i);
+        const auto along = g * ((value - centre[r]) * inverse[r]);
+        a += g;
+        b += g * (value - off);
+        c += along;
+        pushed.add(r, g * gain_of);
+        turned.add(r, along * gain_of);
+      }
+      add_to(one + i, a);
+      add_to(two + i, b);
+      add_to(three + i, c);
     });
     for (int r = 0; r < R; ++r) {
-      firsts[row + r] = pushed[r] / size;
-      seconds[row + r] = turned[r] * inverse[r] / size;
-    }
-#pragma omp simd
-    for (int64_t i = 0; i < size; ++i) {
-      float a = 0.0f, b = 0.0f, c = 0.0f;
-      for (int r = 0; r < R; ++r) {
-        const float g = above[r * size + i], value = from[r * size + i];
-        a += g;
-        b += g * (value - middle[i]);
-        c += g * ((value - centre[r]) * inverse[r]);
-      }
-      one[i] += a;
-      two[i] += b;
-      three[i] += c;
+      firsts[row + r] = pushed.total(r) / size;
+      seconds[row + r] = turned.total(r) / size;
     }
   });
   std::vector<float> pushes(width), pulls(width), adds(width);
