@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from torchgraft.bench.tasks import load_task
 from torchgraft.fit.budget import Limit
@@ -48,3 +49,18 @@ def test_what_misses_its_target_within_the_budget_is_measured_in_full(task_file:
     assert not made.met
     assert workshop.load(made.ratios) <= 1.0
     assert made.ratios.keys() == set(COSTS)
+
+
+def test_what_was_only_noted_is_not_trained_before_its_precision() -> None:
+    from torchgraft.contracts.subjects import case
+
+    tiny = case("cnn")
+    plan = make_plan(tiny.model, tiny.task, wanted=["norm-folding", "magnitude-pruning", "int8-dynamic"])
+    shop = Workshop(tiny.task, tiny.model, plan, [], ["size"])
+    noted = shop.make(Choice({"norms": ("norm-folding", 1.0), "precision": ("int8-dynamic", 1.0)}), 0).model
+    assert noted is not tiny.model
+    before = {name: value.clone() for name, value in noted.state_dict().items()}
+    assert shop.recover(noted, steps=2, seed=0) == 0
+    assert all(torch.equal(value, before[name]) for name, value in noted.state_dict().items())
+    cut = shop.make(Choice({"width": ("magnitude-pruning", 0.5), "norms": ("norm-folding", 1.0)}), 0).model
+    assert shop.recover(cut, steps=2, seed=0) == 2

@@ -173,3 +173,27 @@ def test_a_replayed_edit_that_names_no_layer_norm_is_refused() -> None:
 def test_settings_out_of_range_are_refused(settings: dict[str, int]) -> None:
     with pytest.raises(BadInput, match="got"):
         NormRemoval(**settings)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(6, eps=0.0), nn.LayerNorm(6, elementwise_affine=False)])
+def test_a_norm_for_which_no_batch_norm_can_stand_is_no_site(norm: nn.LayerNorm) -> None:
+    model = _random(_Net())
+    model.norm1 = norm.double().eval()
+    sites = [site.name for site in NormRemoval().applies_to(model, _task(model, 5, 6))]
+    assert sites == ["norm2", "norm3", "norm4"]
+
+
+def test_by_hand_a_line_goes_into_its_reader() -> None:
+    # Rows (0, 2) and (0, 4) both become (-1, 1): slopes 0, heights -1 and 1, so 2 (-1) + 3 (1) + 1 = 2 for any input.
+    x, y = torch.tensor([[0.0, 2.0], [0.0, 4.0]]), torch.tensor([0, 0])
+    model = nn.Sequential(nn.LayerNorm(2, eps=1e-12), nn.Linear(2, 1)).eval()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[2.0, 3.0]]))
+        model[1].bias.fill_(1.0)
+    loss = nn.functional.cross_entropy
+    task = Task(model, (x, y), (x, y), (x, y), loss, lambda out, t: out[:, 0], example_inputs=x)
+    procedure = NormRemoval()
+    changed = procedure.apply(model, task, 1.0)
+    ended = apply_edits(changed, procedure.ending(changed, task))
+    assert isinstance(ended[0], nn.Identity)
+    assert ended(torch.tensor([[7.0, 9.0]])).item() == pytest.approx(2.0, abs=1e-5)

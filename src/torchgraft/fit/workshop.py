@@ -20,7 +20,7 @@ from torchgraft.bench.task import Task
 from torchgraft.bench.training import evaluate
 from torchgraft.catalogue.card import STAGES
 from torchgraft.engines.distill import distill
-from torchgraft.engines.surgery.edits import Edit, apply_edits
+from torchgraft.engines.surgery.edits import Edit, apply_edits, history
 from torchgraft.errors import BadInput
 from torchgraft.fit.budget import Limit
 from torchgraft.fit.plan import Plan
@@ -231,9 +231,11 @@ class Workshop:
     def recover(self, model: nn.Module, *, steps: int, seed: int, deadline: float | None = None) -> int:
         """Train ``model`` in place to follow the original; return how many steps were taken.
 
-        The original itself, to which a precision procedure alone is applied at the end, has nothing to recover.
+        The original itself, to which a precision procedure alone is applied at the end, has nothing to recover, and
+        neither has a copy about which something was only noted.
         """
-        if steps <= 0 or model is self.original:
+        edits = history(model)[len(history(self.original)) :]
+        if steps <= 0 or model is self.original or (edits and all(edit.idle for edit in edits)):
             return 0
         record = distill(model, self.original, self.task, steps=steps, seed=seed, deadline=deadline)
         model.eval()

@@ -51,6 +51,7 @@ class NoteNorms(Edit):
     """
 
     op: ClassVar[str] = "note-norms"
+    idle: ClassVar[bool] = True
     names: tuple[str, ...]
 
     def rewrite(self, model: nn.Module) -> nn.Module:

@@ -34,6 +34,8 @@ class Edit(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     op: ClassVar[str]
+    #: Whether it only notes something and leaves the model as it is.
+    idle: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -124,6 +124,11 @@ def _inputs(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> Record:
     return into
 
 
+def _replaceable(norm: nn.LayerNorm) -> bool:
+    """Say whether a batch norm can stand for ``norm``: of one axis, with a gain that tells its dtype, and an eps."""
+    return len(norm.normalized_shape) == 1 and norm.elementwise_affine and norm.eps > 0
+
+
 class NormRemoval(Procedure):
     """Let layer norms go, a share of them that is the strength; :meth:`ending` folds what they have become.
 
@@ -145,7 +150,7 @@ class NormRemoval(Procedure):
         names = [
             name
             for name, module in places(model)[0].items()
-            if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1 and not ignored(name, ignore)
+            if type(module) is nn.LayerNorm and _replaceable(module) and not ignored(name, ignore)
         ]
         if not names:
             return []
