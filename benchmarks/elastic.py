@@ -1,7 +1,7 @@
 """What elastic models cost and score at each budget: counted, timed side by side, and how long a switch takes.
 
 Every procedure that makes a model of several budgets is built on a built-in task and trained for ``--seconds``, in as
-many steps as these allow. At each budget: the multiply-accumulates counted on the training samples over those of the
+many steps as these allow. At each budget: the multiply-accumulates counted on samples of validation over those of the
 original (they must lie within 10 % of the budget), the latency over the original's in paired rounds, the test score,
 the median time of ``set_budget``; and at the full budget the largest difference of the outputs from the original's. A
 latency ratio is printed only where the full budget agrees to 1e-6.
@@ -34,7 +34,7 @@ from torchgraft.fit.elastic import AtBudget, elastic_plan, paced
 
 TASKS = ("digits-vit", "digits-cnn")
 TOLERANCE, AGREES = 0.1, 1e-6
-SAMPLES, SWITCHES, ROUNDS = 256, 200, 30
+SAMPLES, SWITCHES, ROUNDS = 512, 200, 30
 
 
 def switch_seconds(elastic: ElasticModule) -> float:
@@ -50,7 +50,7 @@ def switch_seconds(elastic: ElasticModule) -> float:
 def measured(task: Task, elastic: ElasticModule, steps: int) -> dict[str, Any]:
     """Return what was found about one elastic model."""
     original = task.trained()
-    inputs = take(task.train.inputs, slice(SAMPLES))
+    inputs = take(task.val.inputs, slice(SAMPLES))
     full = macs(original, inputs)
     with torch.no_grad():
         elastic.set_budget(1.0)

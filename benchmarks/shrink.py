@@ -47,6 +47,8 @@ from torchgraft.fit.search import Effort, run_trial
 from torchgraft.fit.workshop import Choice, Workshop
 
 TASKS = ("digits-vit", "digits-cnn", "stdlib-bytes", "stdlib-search")
+#: What is learnt from; with the texts among them, which lose their scores much sooner, the mean suited neither.
+LEARNING_TASKS = ("digits-vit", "digits-cnn")
 SEEDS = (0, 1, 2, 3, 4)
 #: What issue 2, the first release, could do.
 FIRST = (
@@ -277,7 +279,7 @@ def learn(names: tuple[str, ...], raw: Path) -> dict[str, Any]:
 def main() -> None:
     """Fill the cells that are missing, print the table and draw the figure; or learn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--seconds", type=float, default=40.0)
     parser.add_argument("--learn", action="store_true")
@@ -291,16 +293,15 @@ def main() -> None:
         Path(out).write_text(json.dumps(cell), encoding="utf-8")
         return
     if chosen.learn:
-        write_atomic(
-            EXPERIENCE, json.dumps(learn(tuple(chosen.tasks), Path("results/experience.json")), indent=1) + "\n"
-        )
+        learnt = learn(tuple(chosen.tasks or LEARNING_TASKS), Path("results/experience.json"))
+        write_atomic(EXPERIENCE, json.dumps(learnt, indent=1) + "\n")
         return
     cells: dict[str, Any] = {}
     if chosen.out.exists():
         record = json.loads(chosen.out.read_text(encoding="utf-8"))
         cells = record["cells"] if record["seconds"] == chosen.seconds else {}
     for seed in chosen.seeds:
-        for name in chosen.tasks:
+        for name in chosen.tasks or TASKS:
             for arm in ARMS if seed % 2 == 0 else ARMS[::-1]:
                 key = f"{name}/{seed}/{arm}"
                 if key in cells or (arm == "release" and chosen.release is None):

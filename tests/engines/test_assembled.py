@@ -42,8 +42,11 @@ def test_copies_and_inference_tensors_keep_nothing() -> None:
     with torch.inference_mode():
         part = torch.ones(2)
         assert whole.value((part,), lambda: part + 1) is not whole.value((part,), lambda: part + 1)
-        # made of ordinary buffers in inference mode, it must not be kept: it could not take part in autograd later
+        # made of ordinary buffers in inference mode, it is an ordinary tensor: kept, and of use to autograd later
         other = Assembled()
-        other.value((a,), lambda: a + 1)
-    kept = other.value((a,), lambda: a + 1)
-    assert not kept.is_inference()
+        early = other.value((a,), lambda: a + 1)
+        assert other.value((a,), lambda: a + 2) is early
+    assert other.value((a,), lambda: a + 2) is early
+    x = torch.ones(2, requires_grad=True)
+    (early * x).sum().backward()
+    assert torch.equal(x.grad, a + 1)

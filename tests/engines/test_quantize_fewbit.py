@@ -30,6 +30,7 @@ from torchgraft.engines.quantize.fewbit import (
     set_codes,
     stochastic_round,
     storable_layers,
+    storable_values,
 )
 from torchgraft.engines.surgery.edits import apply_edits, edit_from_record, edit_to_record, history
 from torchgraft.errors import BadInput
@@ -131,7 +132,7 @@ def test_plain_layers_are_taken_and_those_that_share_a_weight_share_its_codes() 
     set_codes(tied[5], -codes_of(tied[5]))
     assert torch.equal(tied[4].weight, -expected)
     for bad in ({"9": 4}, {"5": 4}):
-        with pytest.raises(BadInput, match="finds no layer"):
+        with pytest.raises(BadInput, match="finds no weight"):
             apply_edits(model, [FewBit(bits=bad)])
     with pytest.raises(BadInput, match="2 to 8 bits"):
         apply_edits(model, [FewBit(bits={"0": 9})])
@@ -153,6 +154,53 @@ def test_an_embedding_tied_to_the_head_runs_from_one_set_of_codes() -> None:
     assert storable_layers(nn.Embedding(7, 32, max_norm=1.0)) == []
     model.register_parameter("other", model[0].weight)
     assert storable_layers(model) == []
+
+
+class Placed(nn.Module):
+    """A linear layer, a position for each of eight tokens, and a vector of the same size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(draw(1, 8, 32))
+        self.flat = nn.Parameter(draw(256))
+        self.head = nn.Linear(32, 3, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x + self.position)
+
+
+def test_parameters_of_no_layer_run_from_codes_too() -> None:
+    model = Placed()
+    assert storable_values(model) == ["position"]
+    assert storable_values(model, least=257) == storable_values(model, ignore=["position"]) == []
+    made = apply_edits(model, [FewBit(bits={"position": 4, "head": 5}, exponents={"position": 0.5})])
+    assert isinstance(made, Placed)
+    place = PowerQuantizer(4, 0.5)(model.position, axis=1)  # a scale a token, since the first axis has length 1
+    assert made.position_scale.shape == (1, 8, 1)
+    weight = PowerQuantizer(5, 1.0)(model.head.weight)
+    x = draw(2, 8, 32)
+    assert torch.allclose(made(x), F.linear(x + place, weight, model.head.bias), atol=1e-12)
+    assert list(code_layers(made)) == ["head"]
+    assert params(made) == params(model)
+    assert size_of_tensors(made.state_dict()) < 0.6 * size_of_tensors(model.state_dict())
+    again = apply_edits(Placed(), [edit_from_record(edit_to_record(edit)) for edit in history(made)])
+    again.load_state_dict(made.state_dict())
+    assert torch.equal(again(x), made(x))
+
+
+def test_two_parameters_of_one_module_and_what_must_keep_its_own() -> None:
+    model = nn.MultiheadAttention(16, 2, batch_first=True)
+    assert storable_values(model) == ["in_proj_weight", "out_proj.weight"]
+    pair = Placed()
+    pair.other = nn.Parameter(draw(2, 128))
+    made = apply_edits(pair, [FewBit(bits={"position": 3, "other": 8})])
+    assert type(made).__mro__[1] is Placed
+    assert torch.equal(made.position, PowerQuantizer(3, 1.0)(pair.position, axis=1))
+    assert torch.equal(made.other, PowerQuantizer(8, 1.0)(pair.other))
+    assert storable_values(nn.LSTM(16, 16)) == storable_values(nn.ParameterList([draw(16, 16)])) == []
+    assert storable_values(nn.LazyLinear(300)) == []
+    weighted = nn.utils.parametrizations.weight_norm(nn.Linear(16, 32))
+    assert storable_values(weighted) == []
 
 
 def test_edits_and_files_bring_the_same_layer_back() -> None:

@@ -198,10 +198,9 @@ def test_what_is_exact_is_in_every_combination_at_full_strength_and_never_alone(
     under = descent(plan, needs={"latency": 0.5})
     assert under is not None
     assert under.procedures["norms"] == ("norm-folding", 1.0)
-    assert [set(choice.procedures) for choice in alone(plan, aims=["latency"])] in (
-        [{"width"}, {"precision"}],
-        [{"precision"}, {"width"}],
-    )
+    stages = [set(choice.procedures) for choice in alone(plan, aims=["latency"])]
+    assert {"width"} in stages
+    assert {"norms"} not in stages
     assert ascent(plan_of(norms=["norm-folding"]), aims=COSTS) is None
     assert alone(plan_of(norms=["norm-folding"]), aims=COSTS) == []
 

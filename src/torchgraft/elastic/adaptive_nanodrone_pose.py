@@ -4,27 +4,59 @@
 <https://arxiv.org/abs/2401.15236>`_ (Motetti et al., 2024).
 
 Equation: ``d_t = sum_k |y_t[k] - y_{t-1}[k]| / range_k``; frame t + 1 is the big network's where ``d_t >= theta``.
+In :class:`LittleFirst` a sample is the big network's where ``p_(1) - p_(2) < theta`` for the small one's probabilities.
 
 Departures: the score of the output policy, the grid of the auxiliary task and the form of its table could not be
 verified and are the plainest reading of the abstract. Cost is counted in multiply-accumulates, where the paper
-measures a GAP8.
+measures a GAP8. :class:`LittleFirst` cuts its small network from the big one, where the paper has two designs, and
+reads the margin off the small network's own classes, where the paper has a head with a task of its own.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from torchgraft.bench.meters import macs
+from torchgraft.bench.meters.forward import resting
+from torchgraft.bench.task import Task, take
 from torchgraft.catalogue import Card
 from torchgraft.catalogue.card import Claim
+from torchgraft.engines.distill import distill
+from torchgraft.engines.nesting import (
+    ElasticModule,
+    ElasticProcedure,
+    batches,
+    importance,
+    nest_beside,
+    settle,
+    uncompounded,
+)
+from torchgraft.engines.routing import share_threshold
+from torchgraft.engines.sites import Refusal, Site
+from torchgraft.engines.surgery.edits import Edit, edit_from_record
+from torchgraft.engines.width import Study, calibration, study
 from torchgraft.errors import BadInput
 
-__all__ = ["CARD", "AuxMapPolicy", "AuxMarginPolicy", "BigLittle", "OutputPolicy", "Step", "SweepPoint", "error_table"]
+__all__ = [
+    "CARD",
+    "AuxMapPolicy",
+    "AuxMarginPolicy",
+    "BigLittle",
+    "LittleFirst",
+    "LittleFirstModel",
+    "OutputPolicy",
+    "Step",
+    "SweepPoint",
+    "error_table",
+    "margins",
+]
 
 CARD = Card(
     key="adaptive-nanodrone-pose",
@@ -33,10 +65,11 @@ CARD = Card(
     authors="Motetti, Crupi, Elshaigi, Risso, Pagliari, Palossi and Burrello, 2024",
     reference="https://arxiv.org/abs/2401.15236",
     family="elastic",
-    kind="tool",
-    engine=("none",),
+    kind="procedure",
+    engine=("nesting", "surgery"),
     equation="d_t = sum_k |y_t[k] - y_{t-1}[k]| / range_k; the big network runs at t + 1 where d_t >= theta",
-    entry="BigLittle",
+    entry="LittleFirst",
+    capabilities=frozenset({"elastic", "needs-data", "needs-labels", "needs-trace", "needs-training"}),
     oracles=(
         "at extreme thresholds a stream is that of the small or the big network alone, bit for bit, and so is its "
         "cost, the auxiliary head added",
@@ -44,6 +77,11 @@ CARD = Card(
         "cells are small enough",
         "the table's cells are the best of all choices of as many cells, by brute force",
         "the output policy decides on a frame by earlier frames alone",
+        "at thresholds 0 and above 1 a model of budgets is the small or the big network alone, bit for bit, and at the "
+        "least and the full budget the other one does not run",
+        "the samples that the big network answers are those whose margin, taken one by one, is below the threshold, "
+        "and a higher budget adds to them",
+        "every declared budget is the count of multiply-accumulates on the calibration samples, after training too",
     ),
     claim=Claim(
         text="A bright disc moves over clutter in 24x24 frames, occluded now and then; a small and a big convolutional "
@@ -52,8 +90,10 @@ CARD = Card(
         figure="the best policy, chosen on validation tracks, within 2 % of the big network's MAE at >= 20 % fewer "
         "MACs, and >= 3 % less MAE than random mixing at equal cost (mean of 3 seeds)",
     ),
-    choose_when="two trained networks of very different cost answer the same stream and frames differ in difficulty",
-    choose_instead="dynamic-perceiver or adaptive-computation-module where one network is to adapt within itself",
+    choose_when="two networks of very different cost answer the same stream and frames differ in difficulty; in "
+    "fit --elastic a classifier whose easy samples a network cut from it can answer",
+    choose_instead="dynamic-perceiver or adaptive-computation-module where one network is to adapt within itself; "
+    "sortednet where every sample must cost the same",
     confidence="low",
     bibtex="@inproceedings{motetti2024adaptive, title={Adaptive Deep Learning for Efficient Visual Pose Estimation "
     "aboard Ultra-low-power Nano-drones}, author={Motetti, Beatrice Alessandra and Crupi, Luca and Elshaigi, Mustafa "
@@ -143,8 +183,21 @@ def margin(logits: Tensor) -> float:
         >>> round(margin(torch.tensor([0.0, 0.0, -50.0])), 6)
         0.0
     """
-    first, second = logits.flatten().double().softmax(0).topk(2).values.tolist()
-    return float(first - second)
+    return float(margins(logits.detach().flatten()))
+
+
+def margins(logits: Tensor) -> Tensor:
+    """Return the largest probability less the second largest of each row, in float64.
+
+    Shapes:
+        (..., C) -> (...)
+    """
+    likeliest = logits.double().softmax(-1).topk(2, -1).values
+    return likeliest[..., 0] - likeliest[..., 1]
+
+
+#: The fewest training samples that are kept from the small network, to find thresholds on.
+_LEAST_HELD = 64
 
 
 def error_table(cells: Tensor, small: Tensor, big: Tensor, *, size: int) -> Tensor:
@@ -268,3 +321,237 @@ class BigLittle:
                 )
             )
         return points
+
+
+class LittleFirstModel(ElasticModule):
+    """A small network that answers first, and the original, which answers where the small one's margin is too small.
+
+    Args:
+        small: (B, ...) -> logits (B, C).
+        big: the original, which the full budget runs; its parameters are frozen.
+        calls: rising shares of the samples that the original answers, one budget each between the two ends.
+        cost: multiply-accumulates of ``small`` beside those of ``big``.
+
+    Shapes:
+        (B, ...) -> (B, C)
+    """
+
+    def __init__(self, small: nn.Module, big: nn.Module, calls: Sequence[float], cost: float) -> None:
+        super().__init__((cost, *(cost + share for share in calls), 1.0))
+        self.small, self.big, self.calls = small, big.requires_grad_(False), tuple(calls)
+        self.thresholds: Tensor
+        self.register_buffer("thresholds", torch.zeros(len(self.calls), dtype=torch.float64))
+        self.running = self.level
+        #: How many samples of the latest call the original answered.
+        self.asked = 0
+
+    def select(self, level: int) -> None:
+        """Run the small network alone at level 0, the original alone at the last, both at the others."""
+        self.running = level
+
+    def train(self, mode: bool = True) -> LittleFirstModel:
+        """Set the mode of the small network; the original stays in eval mode."""
+        super().train(mode)
+        self.big.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Answer at the budget that is set; the original sees no sample that it need not answer."""
+        out: Tensor
+        if self.running > len(self.calls):
+            self.asked, out = len(x), self.big(x)
+            return out
+        self.asked, out = 0, self.small(x)
+        if self.running == 0:
+            return out
+        unsure = (margins(out.detach()) < self.thresholds[self.running - 1]).nonzero()[:, 0]
+        self.asked = len(unsure)
+        if 0 < self.asked < len(x):
+            out = out.index_copy(0, unsure, self.big(x[unsure]).to(out.dtype))
+        elif self.asked:
+            out = self.big(x)
+        return out
+
+    @torch.no_grad()
+    def set_thresholds(self, x: Tensor, *, batch_size: int) -> None:
+        """Find the threshold of each budget on samples ``x``, and declare the multiply-accumulates that are then spent.
+
+        Args:
+            x: the samples, (N, ...).
+            batch_size: how many run at once.
+        """
+        with resting(self):
+            found = torch.cat([margins(self.small(part)) for part in torch.split(x, batch_size)])
+        few = x[:batch_size]
+        shares = [macs(self.small, few) / macs(self.big, few)]
+        cost = shares[0]
+        for place, share in enumerate(self.calls):
+            self.thresholds[place] = share_threshold(found, 1.0 - share)
+            asked = float((found < self.thresholds[place]).double().mean())
+            shares.append(max(cost + asked, shares[-1] + 1e-9))
+        top = 1.0 - 1e-9 * len(shares)
+        self.calibrate((*(min(share, top + 1e-9 * place) for place, share in enumerate(shares)), 1.0))
+
+
+class AddLittle(Edit):
+    """Put a small network, cut from a copy of the model, before the model.
+
+    Args:
+        small: records of the edits that cut it.
+        calls: as for :class:`LittleFirstModel`.
+        cost: as for :class:`LittleFirstModel`.
+    """
+
+    op: ClassVar[str] = "add-little"
+    small: tuple[dict[str, Any], ...] = Field(min_length=1)
+    calls: tuple[float, ...] = Field(min_length=1)
+    cost: float = Field(gt=0, lt=1)
+
+    def rewrite(self, model: nn.Module) -> nn.Module:
+        """Return the elastic model."""
+        small = copy.deepcopy(model)
+        for record in self.small:
+            small = edit_from_record(record).rewrite(small)
+        return LittleFirstModel(small.requires_grad_(True), model, self.calls, self.cost).train(model.training)
+
+    def describe(self) -> dict[str, str]:
+        """Return what the small network costs."""
+        return {"": f"runs where a network of {self.cost:.3g} of its multiplications, cut from it, is not sure"}
+
+
+class LittleFirst(ElasticProcedure):
+    """A small network cut from a classifier answers first, and the classifier where the small one is not sure.
+
+    The original has learned from the samples on which thresholds are found, and hands that on to the network cut from
+    it: on unseen samples its budgets cost up to a quarter more than they declare (digits), the least of them most.
+
+    Args:
+        small: share of the multiply-accumulates that is aimed at for the small network; what it costs is declared.
+        calls: shares of the samples that the original answers, one budget each beside the two networks alone.
+        samples: training samples by which units are ranked, and at most as many by which thresholds are found; of 320
+            training samples or more, a fifth at most is kept from the small network for that.
+        alpha: share of distillation from the original in training, the rest is the task's loss.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 20), nn.Tanh(), nn.Linear(20, 3))
+        >>> x, y = torch.randn(20, 4), torch.randint(0, 3, (20,))
+        >>> task = Task(net, (x, y), (x, y), (x, y), nn.functional.cross_entropy, lambda out, t: out[:, 0])
+        >>> elastic = LittleFirst(calls=(0.1, 0.5)).build(net, task)
+        >>> [round(budget, 3) for budget in elastic.budgets], elastic.set_budget(0.5)(x).shape
+        ([0.1, 0.2, 0.6, 1.0], torch.Size([20, 3]))
+
+    Raises:
+        BadInput: a setting is out of range.
+    """
+
+    card: ClassVar[Card] = CARD
+
+    def __init__(
+        self,
+        *,
+        small: float = 0.1,
+        calls: Sequence[float] = (0.05, 0.1, 0.2, 0.4),
+        samples: int = 512,
+        alpha: float = 0.9,
+    ) -> None:
+        if not 0.0 < small < 1.0 or samples < 1 or not 0.0 <= alpha <= 1.0:
+            raise BadInput(
+                "small must lie in (0, 1), samples be at least 1 and alpha lie in [0, 1]; "
+                f"got {small}, {samples} and {alpha}"
+            )
+        if not calls or any(not 0.0 < share < 1.0 for share in calls) or sorted(set(calls)) != list(calls):
+            raise BadInput(f"calls must be rising shares in (0, 1), got {tuple(calls)}")
+        self.small, self.calls, self.samples, self.alpha = small, tuple(calls), samples, alpha
+
+    def _study(self, model: nn.Module, task: Task, ignore: Sequence[str]) -> Study:
+        return uncompounded(study(model, task, ignore=ignore))
+
+    def applies_to(self, model: nn.Module, task: Task, *, ignore: Sequence[str] = ()) -> list[Site]:
+        """Return the groups of dimensions that the small network is cut in. See :class:`ElasticProcedure`."""
+        if _without_margin(model, task):
+            return []
+        groups = self._study(model, task, ignore).groups.values()
+        return [Site(group.name, group.kind, group.size, group.size * group.parameters) for group in groups]
+
+    def refusals(self, model: nn.Module, task: Task, *, ignore: Sequence[str] = ()) -> list[Refusal]:
+        """Return why no sample has a margin, or what cannot be cut. See :class:`ElasticProcedure`."""
+        why = _without_margin(model, task)
+        if why:
+            return [Refusal("the whole model", why)]
+        return list(self._study(model, task, ignore).structure.refused)
+
+    def plan(self, model: nn.Module, task: Task, *, ignore: Sequence[str] = (), seed: int = 0) -> list[Edit]:
+        """Return the edit that puts the small network before the model. See :class:`ElasticProcedure`."""
+        found = self._study(model, task, ignore)
+        scores = importance(found, task, samples=self.samples, seed=seed)
+        nest = nest_beside(found, scores, take(task.train.inputs, slice(0, 2)), (self.small,))
+        cost = nest.budgets[0]
+        calls = tuple(share for share in self.calls if cost + share < 0.98)
+        if not calls:
+            raise BadInput(f"the least network that can be cut costs {cost:.3g}, too much to run beside the original")
+        return [AddLittle(small=(*nest.base, *nest.levels[0]), calls=calls, cost=cost)]
+
+    def initialise(self, elastic: ElasticModule, task: Task, *, seed: int = 0) -> None:
+        """Measure the small network's batch norms and find thresholds. See :class:`ElasticProcedure`."""
+        model = _little(elastic)
+        learn, held = self._apart(task, seed)
+        settle(model.small, batches(learn, seed=seed))
+        model.set_thresholds(held, batch_size=task.batch_size)
+
+    def _apart(self, task: Task, seed: int) -> tuple[Task, Tensor]:
+        """Return the task with the samples that the small network learns from, and inputs to find thresholds on.
+
+        A network is surer of what it has learned from, so thresholds found there call the original too often later.
+        Where a fifth of the training samples is too few to find a threshold on, all serve for both.
+        """
+        count = min(self.samples, len(task.train) // 5)
+        if count < _LEAST_HELD:
+            learn, held = task, calibration(task, self.samples, seed)
+        else:
+            order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(seed))
+            learn, held = copy.copy(task), task.train[order[:count].sort().values]
+            learn.train = task.train[order[count:].sort().values]
+        if not isinstance(held.inputs, Tensor):
+            raise BadInput(f"{CARD.key} needs inputs of one tensor, got {type(held.inputs).__name__}")
+        return learn, held.inputs
+
+    def train(
+        self, elastic: ElasticModule, task: Task, *, steps: int, seed: int = 0, deadline: float | None = None
+    ) -> int:
+        """Train the small network to follow the original, then find thresholds anew. See :class:`ElasticProcedure`."""
+        model = _little(elastic)
+        learn, _ = self._apart(task, seed)
+        record = distill(model.small, model.big, learn, steps=steps, seed=seed, alpha=self.alpha, deadline=deadline)
+        if record.steps:
+            self.initialise(model, task, seed=seed)
+        model.eval()
+        return record.steps
+
+
+def _without_margin(model: nn.Module, task: Task) -> str:
+    """Return why the small network could not tell sample by sample whether it is sure; an empty string if it can."""
+    if task.distill != "classes":
+        return "its outputs are values, which have no margin, and how far they move shows on a stream alone"
+    if not isinstance(task.train.inputs, Tensor):
+        return "it takes more than one tensor, or takes it by name"
+    few = task.train.inputs[:4]
+    half = (len(few) + 1) // 2
+    with resting(model), torch.no_grad():
+        out, part = model(few), model(few[:half])
+    if not isinstance(out, Tensor):
+        return f"it returns {type(out).__name__}, not one tensor of logits"
+    if out.ndim != 2 or len(out) != len(few) or out.shape[1] < 2:
+        return f"it gives outputs of shape {tuple(out.shape)} for {len(few)} samples, not two classes or more for each"
+    logits = task.output_logits(out)
+    if logits.shape != out.shape or not torch.equal(logits, out):
+        return "the task takes its logits from a part of the output"
+    scale = float(out.abs().max())
+    if part.shape != out[:half].shape or not torch.allclose(part, out[:half], rtol=1e-3, atol=1e-3 * max(scale, 1e-6)):
+        return "what it says of a sample depends on the others of its batch"
+    return ""
+
+
+def _little(elastic: ElasticModule) -> LittleFirstModel:
+    if not isinstance(elastic, LittleFirstModel):
+        raise BadInput(f"{CARD.key} trains what it built, got {type(elastic).__name__}")
+    return elastic

@@ -43,7 +43,7 @@ class Assembled:
             and [part._version for part in parts] == self._versions
         ):
             return kept
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode could not be kept
             value = make()
         if type(value) is Tensor and not value.is_inference() and all(map(_has_version, parts)):
             self._parts, self._value = tuple(parts), value

@@ -33,7 +33,7 @@ __all__ = ["Finalist", "decide", "not_helped"]
 #: Models that are timed side by side at the end, at most.
 WIDEST = 10
 #: Timing rounds at a time, and the width of a ratio's interval that is narrow enough to stop adding them.
-ROUNDS, PRECISE = 20, 0.04
+ROUNDS, PRECISE = 10, 0.04
 _logger = logging.getLogger("torchgraft")
 
 

@@ -41,9 +41,9 @@ def plain_attention() -> Iterator[None]:
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Collect garbage once, then keep the collector off."""
+    """Collect what is young once, then keep the collector off; all of a large program would take longer than a pass."""
     enabled = gc.isenabled()
-    gc.collect()
+    gc.collect(1)
     gc.disable()
     try:
         yield

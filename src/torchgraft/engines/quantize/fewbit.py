@@ -1,4 +1,4 @@
-"""Weights in 2 to 8 bits on a symmetric grid that a power bends: codes, layers that run from packed codes, the edit.
+"""Weights in 2 to 8 bits on a symmetric grid that a power bends: codes, modules that run from packed codes, the edit.
 
 With n = 2^(b-1) - 1 and m the largest magnitude of an output channel (or of the tensor), a weight w has the code
 Q = round(n sign(w) |w/m|^a) in [-n, n] and stands for m sign(Q) |Q/n|^(1/a); a = 1 is the uniform grid. The codes are
@@ -16,6 +16,8 @@ from typing import Any, ClassVar, Literal, TypeAlias, cast
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
 from torchgraft.engines.assembled import Assembled
 from torchgraft.engines.bucketed import pack, unpack
@@ -41,6 +43,8 @@ __all__ = [
     "soft_round",
     "stochastic_round",
     "storable_layers",
+    "storable_values",
+    "value_axis",
 ]
 
 #: Which weights share a scale: those of an output channel, or all of a tensor.
@@ -189,7 +193,7 @@ class PowerQuantizer:
 
 @dataclass
 class _Layout:
-    """How the weight of one layer is packed; layers that share a weight share this."""
+    """How one parameter is packed; modules that share a parameter share this."""
 
     bits: int
     shape: torch.Size
@@ -197,9 +201,14 @@ class _Layout:
     whole: Assembled = field(default_factory=Assembled)
 
 
-def _dense(module: Any) -> Tensor:
-    layout: _Layout = module.__dict__["_few_bit"]
-    codes, scale = module._buffers["weight_codes"], module._buffers["weight_scale"]
+def _layout(layer: nn.Module) -> _Layout:
+    layouts: dict[str, _Layout] = layer.__dict__["_few_bit"]
+    return layouts["weight"]
+
+
+def _dense(module: Any, name: str) -> Tensor:
+    layout: _Layout = module.__dict__["_few_bit"][name]
+    codes, scale = module._buffers[f"{name}_codes"], module._buffers[f"{name}_scale"]
 
     def make() -> Tensor:
         n = largest_code(layout.bits)
@@ -211,13 +220,11 @@ def _dense(module: Any) -> Tensor:
 
 
 @functools.cache
-def _class_of(base: type[nn.Module]) -> type[nn.Module]:
-    """Return a subclass of ``base`` whose weight is put together from codes whenever it is read."""
-    body: dict[str, Any] = {
-        "weight": property(_dense),
-        "parameter_buffers": ("weight",),  # said to the meters: the weight stands for a parameter and counts as one
-        "__module__": __name__,
-    }
+def _class_of(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """Return a subclass of ``base`` whose parameters ``names`` are put together from codes whenever they are read."""
+    body: dict[str, Any] = {name: property(functools.partial(_dense, name=name)) for name in names}
+    # Said to the meters: these stand for parameters and count as such.
+    body |= {"parameter_buffers": names, "few_bit_from": base, "__module__": __name__}
     return type(f"FewBit{base.__name__}", (base,), body)
 
 
@@ -272,22 +279,66 @@ def storable_layers(model: nn.Module, *, ignore: Sequence[str] = ()) -> list[str
     return sorted(found, key=order.index)
 
 
+def value_axis(value: Tensor) -> int:
+    """Return the axis along which the channels of a parameter of no layer lie: the first that is longer than 1."""
+    return next((axis for axis, length in enumerate(value.shape) if length > 1), 0)
+
+
+def storable_values(model: nn.Module, *, ignore: Sequence[str] = (), least: int = 256) -> list[str]:
+    """Return the other parameters of two axes or more that can be read from codes, by name, such as positions.
+
+    What :func:`storable_layers` names is not among them, nor the weights of a recurrent layer, which keeps references
+    to them. One that several modules share is named once.
+
+    Args:
+        model: any module.
+        ignore: globs of modules or parameters that stay as they are.
+        least: smaller ones would not shrink, for what scales and names add.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> model.position = nn.Parameter(torch.zeros(1, 8, 32))
+        >>> storable_values(model)
+        ['position']
+    """
+    layers = {id(model.get_submodule(name)._parameters["weight"]) for name in storable_layers(model)}
+    found = []
+    for key, holders in _holders(model).items():
+        names = [f"{prefix}.{part}" if prefix else part for prefix, _, part in holders]
+        value = cast(nn.Parameter, holders[0][1]._parameters[holders[0][2]])
+        if key in layers or any(_needs_its_own(module) for _, module, _ in holders):
+            continue
+        if is_lazy(value) or not value.is_floating_point() or value.ndim < 2 or value.numel() < least:
+            continue
+        if not any(ignored(name, ignore) for name in names):
+            found.append(names[0])
+    order = [name for name, _ in model.named_parameters()]
+    return sorted(found, key=order.index)
+
+
+def _needs_its_own(module: nn.Module) -> bool:
+    """Say whether ``module`` keeps references to its parameters, writes into them, lists them, or packs them itself."""
+    if isinstance(module, nn.Embedding):
+        return module.max_norm is not None
+    packs = type(module)._save_to_state_dict is not nn.Module._save_to_state_dict
+    return packs or isinstance(module, nn.RNNBase | nn.ParameterList | nn.ParameterDict | ParametrizationList)
+
+
 def code_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers of ``model`` that run from packed codes, by name."""
-    return {name: module for name, module in model.named_modules() if "_few_bit" in module.__dict__}
+    """Return the layers of ``model`` whose weight is read from packed codes, by name."""
+    return {name: module for name, module in model.named_modules() if "weight" in module.__dict__.get("_few_bit", {})}
 
 
 def codes_of(layer: nn.Module) -> Tensor:
     """Return the codes of ``layer`` in [-n, n], in the shape of its weight."""
-    layout: _Layout = layer.__dict__["_few_bit"]
+    layout = _layout(layer)
     data = unpack(layer.get_buffer("weight_codes"), layout.bits, layout.shape.numel())
     return data.reshape(layout.shape) - largest_code(layout.bits)
 
 
 def exponent_of(layer: nn.Module) -> float:
     """Return the exponent of the grid of ``layer``."""
-    layout: _Layout = layer.__dict__["_few_bit"]
-    return layout.exponent
+    return _layout(layer).exponent
 
 
 def set_codes(layer: nn.Module, codes: Tensor, exponent: float | None = None) -> None:
@@ -301,7 +352,7 @@ def set_codes(layer: nn.Module, codes: Tensor, exponent: float | None = None) ->
     Raises:
         BadInput: shape or range is wrong.
     """
-    layout: _Layout = layer.__dict__["_few_bit"]
+    layout = _layout(layer)
     n = largest_code(layout.bits)
     if codes.shape != layout.shape or int(codes.abs().max()) > n:
         raise BadInput(f"codes must be {tuple(layout.shape)} in [-{n}, {n}], got {tuple(codes.shape)}")
@@ -312,11 +363,11 @@ def set_codes(layer: nn.Module, codes: Tensor, exponent: float | None = None) ->
 
 
 class FewBit(Edit):
-    """Store the weights of layers as packed codes of a bent grid; they are executed as floats.
+    """Store weights as packed codes of a bent grid; they are executed as floats.
 
     Args:
-        bits: module name -> bits a code, 2 to 8.
-        exponents: module name -> a; 1 (the uniform grid) where none is given.
+        bits: name of a layer, whose weight is meant, or of another parameter -> bits a code, 2 to 8.
+        exponents: the same names -> a; 1 (the uniform grid) where none is given.
         granularity: which weights share a scale.
     """
 
@@ -326,31 +377,40 @@ class FewBit(Edit):
     granularity: Granularity = "channel"
 
     def rewrite(self, model: nn.Module) -> nn.Module:
-        """Replace the weight of each layer by the codes of its nearest levels, in place."""
-        possible = storable_layers(model)
+        """Replace each weight by the codes of its nearest levels, in place."""
+        layers, values = storable_layers(model), storable_values(model, least=1)
         named, shared = dict(model.named_modules()), _holders(model)
         for name, bits in self.bits.items():
-            if name not in possible:
-                raise BadInput(f"few-bit finds no layer that it can take at {name!r}{nearest(name, possible or [''])}")
-            weight = named[name]._parameters["weight"]
-            self._replace(cast(Tensor, weight), [module for _, module, _ in shared[id(weight)]], name, bits)
+            if name in layers:
+                value = cast(Tensor, named[name]._parameters["weight"])
+                axis = channel_axis(named[name])
+            elif name in values:
+                value = model.get_parameter(name)
+                axis = value_axis(value)
+            else:
+                known = [*layers, *values] or [""]
+                raise BadInput(f"few-bit finds no weight that it can take at {name!r}{nearest(name, known)}")
+            self._replace(value, axis, [(module, part) for _, module, part in shared[id(value)]], name, bits)
         return model
 
-    def _replace(self, value: Tensor, layers: Sequence[nn.Module], name: str, bits: int) -> None:
+    def _replace(
+        self, value: Tensor, axis: int, holders: Sequence[tuple[nn.Module, str]], name: str, bits: int
+    ) -> None:
         weight, exponent = value.detach(), check_exponent(self.exponents.get(name, 1.0))
-        scale = magnitudes(weight, self.granularity, axis=channel_axis(layers[0]))
+        scale = magnitudes(weight, self.granularity, axis=axis)
         codes = pack(power_codes(weight, scale, bits=bits, exponent=exponent) + largest_code(bits), bits)
         layout = _Layout(bits, weight.shape, exponent)
-        for layer in layers:
-            del layer._parameters["weight"]
-            kind = type(layer)
-            layer.__class__ = _class_of(kind)  # type: ignore[arg-type]  # classes do hash
-            layer.__dict__["_few_bit"] = layout
-            layer.register_buffer("weight_codes", codes)
-            layer.register_buffer("weight_scale", scale)
+        for module, part in holders:
+            del module._parameters[part]
+            base: type[nn.Module] = getattr(type(module), "few_bit_from", type(module))
+            held = {**module.__dict__.get("_few_bit", {}), part: layout}
+            module.__class__ = _class_of(base, tuple(held))  # type: ignore[arg-type]  # classes do hash
+            module.__dict__["_few_bit"] = held
+            module.register_buffer(f"{part}_codes", codes)
+            module.register_buffer(f"{part}_scale", scale)
 
     def describe(self) -> dict[str, str]:
-        """Say in how many bits each layer is stored."""
+        """Say in how many bits each weight is stored."""
         words = {name: f"exponent {self.exponents.get(name, 1.0):.3g}" for name in self.bits}
         return {
             name: f"weights stored in {bits} bits ({words[name]}, a scale a {self.granularity}), executed as floats"

@@ -294,7 +294,7 @@ class EchoAtt(Procedure):
             found.append(Site(name, "attention", 1, count))
         if found:
             try:  # what cannot be compared cannot be shared either
-                self._similarity(model, task)
+                self._similarity(model, task, samples=1)
             except BadInput as error:
                 self._why = str(error)
                 return []
@@ -304,12 +304,14 @@ class EchoAtt(Procedure):
         """Return why nothing is a site, where there are attentions."""
         return [Refusal("every attention", self._why)] if self._why else []
 
-    def _similarity(self, model: nn.Module, task: Task) -> Mapping[tuple[str, str], float]:
+    def _similarity(
+        self, model: nn.Module, task: Task, *, samples: int | None = None
+    ) -> Mapping[tuple[str, str], float]:
         """Return the similarity of the attentions that run one after another, by their names."""
         opened = convert(model).eval()
         names = shareable(opened)
         with torch.no_grad(), attention_maps(opened) as seen:
-            call(opened, take(task.train.inputs, slice(self.samples)))
+            call(opened, take(task.train.inputs, slice(samples or self.samples)))
         if len(seen) != len(names):
             raise BadInput(f"{len(names)} attentions are known and {len(seen)} ran, so layers cannot be told apart")
         found = {}

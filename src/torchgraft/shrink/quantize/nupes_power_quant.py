@@ -43,6 +43,8 @@ from torchgraft.engines.quantize.fewbit import (
     set_codes,
     soft_round,
     storable_layers,
+    storable_values,
+    value_axis,
 )
 from torchgraft.engines.surgery.edits import Edit, apply_edits
 from torchgraft.engines.taps import record
@@ -116,10 +118,12 @@ def search_exponent(
     if isinstance(model, nn.Module):
         layers = [model.get_submodule(name) for name in storable_layers(model, ignore=ignore)]
         weights = [(layer.get_parameter("weight").detach(), channel_axis(layer)) for layer in layers]
+        values = [model.get_parameter(name).detach() for name in storable_values(model, ignore=ignore)]
+        weights += [(value, value_axis(value)) for value in values]
     else:
         weights = [(weight.detach(), 0) for weight in model]
     if not weights:
-        raise BadInput("search_exponent finds no linear layer or convolution")
+        raise BadInput("search_exponent finds no weight that can be stored in a few bits")
     scaled = [(weight, magnitudes(weight, granularity, axis=axis)) for weight, axis in weights]
 
     def error(point: Sequence[float]) -> float:
@@ -180,7 +184,7 @@ def nupes_refine(
     """
     if steps < 0 or batch_size < 1 or not lr > 0:
         raise BadInput(f"refinement needs steps >= 0, batch_size >= 1 and lr > 0, got {steps}, {batch_size} and {lr}")
-    names = storable_layers(model, ignore=ignore)
+    names, values = storable_layers(model, ignore=ignore), storable_values(model, ignore=ignore)
     if not names:
         raise BadInput(f"nupes_refine finds no linear layer or convolution in {type(model).__name__}")
     a = search_exponent(model, bits, granularity=granularity, ignore=ignore) if exponent is None else exponent
@@ -201,8 +205,9 @@ def nupes_refine(
     finally:
         for module, training in modes:
             module.training = training
-    exponents = {name: found[name][1] if name in found else a for name in names}
-    made = apply_edits(model, [FewBit(bits=dict.fromkeys(names, bits), exponents=exponents, granularity=granularity)])
+    exponents = {name: found[name][1] if name in found else a for name in [*names, *values]}
+    widths = dict.fromkeys(exponents, bits)
+    made = apply_edits(model, [FewBit(bits=widths, exponents=exponents, granularity=granularity)])
     for name, (codes, own) in found.items():
         set_codes(made.get_submodule(name), codes, own)
     return made
@@ -276,7 +281,7 @@ def _walk(
 
 
 class Nupes(Procedure):
-    """Store the weights of linear layers and convolutions in 8 to 3 bits of a bent grid (strength 0 to 1).
+    """Store weights, embeddings and positions among them, in 8 to 3 bits of a bent grid (strength 0 to 1).
 
     Args:
         steps: of refinement by calibration samples, a layer; 0 uses no data at all (PowerQuant).
@@ -311,12 +316,13 @@ class Nupes(Procedure):
         self.least_bits, self.granularity = least_bits, granularity
 
     def applies_to(self, model: nn.Module, task: Task, *, ignore: Sequence[str] = ()) -> list[Site]:
-        """Return the layers whose weight can be stored as codes. See :class:`Procedure`."""
-        counts = {
-            name: model.get_submodule(name).get_parameter("weight").numel()
+        """Return the layers and other parameters that can be stored as codes. See :class:`Procedure`."""
+        sites = [
+            Site(name, "layer", 1, model.get_submodule(name).get_parameter("weight").numel())
             for name in storable_layers(model, ignore=ignore)
-        }
-        return [Site(name, "layer", 1, count) for name, count in counts.items()]
+        ]
+        values = storable_values(model, ignore=ignore)
+        return [*sites, *(Site(name, "weight", 1, model.get_parameter(name).numel()) for name in values)]
 
     def _bits(self, strength: float) -> int:
         return min(8, max(self.least_bits, round(8 - (8 - self.least_bits) * check_strength(strength))))
@@ -324,8 +330,8 @@ class Nupes(Procedure):
     def plan(
         self, model: nn.Module, task: Task, strength: float, *, ignore: Sequence[str] = (), seed: int = 0
     ) -> list[Edit]:
-        """Return one edit for all layers, with the exponent searched on the weights. See :class:`Procedure`."""
-        names, bits = storable_layers(model, ignore=ignore), self._bits(strength)
+        """Return one edit for all weights, with the exponent searched on them. See :class:`Procedure`."""
+        names, bits = [site.name for site in self.applies_to(model, task, ignore=ignore)], self._bits(strength)
         a = self.exponent
         if a is None:
             a = search_exponent(model, bits, granularity=self.granularity, ignore=ignore)
@@ -336,7 +342,7 @@ class Nupes(Procedure):
         self, model: nn.Module, task: Task, strength: float, *, ignore: Sequence[str] = (), seed: int = 0
     ) -> nn.Module:
         """Return a copy of ``model`` with few-bit layers, refined where steps are given. See :class:`Procedure`."""
-        if self.steps == 0 or check_strength(strength) == 0.0 or not self.applies_to(model, task, ignore=ignore):
+        if self.steps == 0 or check_strength(strength) == 0.0 or not storable_layers(model, ignore=ignore):
             return super().apply(model, task, strength, ignore=ignore, seed=seed)
         return nupes_refine(
             model,
