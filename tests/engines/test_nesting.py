@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from functools import cache
 
 import pytest
@@ -18,6 +19,7 @@ from torchgraft.bench.task import Task
 from torchgraft.contracts.subjects import case
 from torchgraft.engines.nesting import (
     Arrange,
+    ElasticModule,
     Nest,
     Nested,
     NestedElastic,
@@ -302,3 +304,34 @@ def test_what_cannot_be_nested_is_refused() -> None:
         NestedElastic(net, nested, (1.0,))
     assert "budgets 0.5" in Nest.of((), ((),), (0.5, 1.0)).describe()[""]
     assert paths([], 0.5) == ()
+
+
+class Halves(ElasticModule):
+    """A linear layer over the samples whose first number is below a level's threshold, zeros for the others."""
+
+    by_sample = True
+
+    def __init__(self, thresholds: tuple[float, ...]) -> None:
+        super().__init__((*(0.1 * (place + 1) for place in range(len(thresholds))), 1.0))
+        self.layer, self.thresholds, self.limit = nn.Linear(3, 2).double(), (*thresholds, math.inf), math.inf
+
+    def select(self, level: int) -> None:
+        self.limit = self.thresholds[level]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, rows = x.new_zeros(len(x), 2), x[:, 0] < self.limit
+        out[rows] = self.layer(x[rows])
+        return out
+
+
+def test_what_budgets_cost_is_counted_anew_on_other_samples() -> None:
+    model = Halves((-0.5, 0.0, 0.1))
+    x = torch.tensor([[-1.0], [-0.2], [0.3], [0.4], [-0.7], [0.9], [2.0], [-3.0]], dtype=torch.float64).expand(8, 3)
+    assert model.recount(x) is model
+    # By hand: -1, -0.7 and -3 lie below -0.5, -0.2 as well below 0, and nothing lies between 0 and 0.1.
+    assert model.budgets == pytest.approx((3 / 8, 4 / 8, 4 / 8, 1.0), abs=1e-8)
+    assert model.budgets[1] < model.budgets[2]
+    assert (model.budget, model.limit) == (1.0, math.inf)
+    model.declare((0.0, 1.2, 1.1))
+    assert model.budgets == pytest.approx((0.0, 1.0, 1.0, 1.0), abs=1e-8)
+    assert sorted(set(model.budgets)) == list(model.budgets)

@@ -126,6 +126,15 @@ def test_gradients_reach_chosen_learners_and_the_start() -> None:
 
 def test_a_falling_function_is_solved() -> None:
     assert solve_falling(lambda x: 1 - x**2, 0.75, low=0, high=1, steps=30) == pytest.approx(0.5, abs=1e-6)
+    asked: list[float] = []
+
+    def line(x: float) -> float:
+        asked.append(x)
+        return 1 - x
+
+    # 0.5, 0.25 and 0.125 give 0.5, 0.75 and 0.875: the third lies within a tenth of 0.9.
+    assert solve_falling(line, 0.9, low=0, high=1, steps=30, near=0.1) == 0.125
+    assert asked == [0.5, 0.25, 0.125]
 
 
 @pytest.mark.parametrize(

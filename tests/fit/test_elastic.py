@@ -13,7 +13,7 @@ import torch
 
 import torchgraft
 from torchgraft.bench.meters import macs
-from torchgraft.bench.task import Task
+from torchgraft.bench.task import Task, take
 from torchgraft.bench.tasks import load_task
 from torchgraft.elastic.sortednet import SortedNet
 from torchgraft.engines import recipe
@@ -21,7 +21,7 @@ from torchgraft.engines.nesting import ElasticModule
 from torchgraft.errors import BadInput
 from torchgraft.fit import FitResult, Progress
 from torchgraft.fit.budget import parse_budget
-from torchgraft.fit.elastic import Family, _names, judged_by, paced
+from torchgraft.fit.elastic import COUNTED, Family, _names, judged_by, paced
 from torchgraft.fit.plan import Plan
 from torchgraft.fit.workshop import Workshop
 
@@ -51,6 +51,17 @@ def test_every_budget_stands_on_the_front_at_its_counted_cost(finished: FitResul
     full = finished.front[-1]
     assert full.costs["macs"].ratio == 1.0
     assert full.drop.value == 0.0
+
+
+def test_what_depends_on_samples_is_declared_as_counted_on_validation_samples(task_file: Path, tmp_path: Path) -> None:
+    found = _fit(task_file, tmp_path / "run", procedures=["adaptive-nanodrone-pose"])
+    model, task = found.model, load_task(str(task_file))
+    assert isinstance(model, ElasticModule)
+    assert model.by_sample
+    inputs = take(task.val.inputs, slice(COUNTED))
+    whole = macs(task.trained(), inputs)
+    for budget in model.budgets:
+        assert macs(model.set_budget(budget), inputs) / whole == pytest.approx(budget, abs=1e-7)
 
 
 def test_without_a_budget_the_cheapest_that_keeps_the_score_is_set(finished: FitResult) -> None:

@@ -16,7 +16,8 @@ from torchgraft.bench.models import ByteTransformer, ResidualNet, TransformerBlo
 from torchgraft.bench.task import Task
 from torchgraft.bench.tasks.stdlib_search import contrast, first_rank
 from torchgraft.engines.nesting import ElasticModule
-from torchgraft.engines.nesting.exits import ExitElastic, Narrow, Place, exits, read
+from torchgraft.engines.nesting.exit_models import ExitElastic
+from torchgraft.engines.nesting.exits import Narrow, Place, exits, read
 from torchgraft.engines.surgery.edits import apply_edits, edit_from_record, edit_to_record, history
 from torchgraft.errors import BadInput
 from torchgraft.retrieve.starbucks import Starbucks

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from torchgraft.bench.models import TextEncoder, VisionTransformer
 from torchgraft.bench.task import Task
 from torchgraft.engines.nesting.embed import ElasticEmbedder, in_batch_contrast
-from torchgraft.engines.nesting.exits import ExitElastic, exits
+from torchgraft.engines.nesting.exit_models import ExitElastic
+from torchgraft.engines.nesting.exits import exits
 from torchgraft.engines.nesting.nested import Nested
 from torchgraft.errors import BadInput
 from torchgraft.retrieve.starbucks import MaskedAutoencoder, Starbucks, StarbucksLoss, smae_pretrain, spaced

@@ -348,22 +348,24 @@ def calibrate_acm(elastic: AcmModel, inputs: Inputs) -> None:
     least, most, _ = _span(elastic, few)
     whole = macs(elastic.set_budget(1.0), inputs)
     shares: list[float] = []
+    seen: dict[float, float] = {}
 
-    def spent(price: float, level: int) -> float:
+    def spent(price: float) -> float:
+        if price not in seen:  # it is the same at every level
+            elastic.set_price(0, price)
+            elastic.select(0)
+            call(elastic, few)
+            seen[price] = float(sum(acm.spent for acm in acms))
+        return seen[price]
+
+    targets = [least + share * (most - least) for share in elastic.wanted]
+    # What is declared is counted, so that a price need not be found to the last step of a neuron.
+    prices = [solve_falling(spent, target, low=low, high=high, steps=16, near=0.01) for target in targets]
+    for level, price in enumerate(prices):
         elastic.set_price(level, price)
         elastic.select(level)
-        call(elastic, few)
-        return float(sum(acm.spent for acm in acms))
-
-    for level, share in enumerate(elastic.wanted):
-        target = least + share * (most - least)
-        price = solve_falling(lambda at: spent(at, level), target, low=low, high=high, steps=16)  # noqa: B023
-        elastic.set_price(level, price)
-        elastic.select(level)
-        found = macs(elastic, inputs) / whole
-        shares.append(max(found, shares[-1] * (1 + 1e-9)) if shares else found)
-    top = 1.0 - 1e-9 * len(shares)
-    elastic.calibrate((*(min(share, top + 1e-9 * place) for place, share in enumerate(shares)), 1.0))
+        shares.append(macs(elastic, inputs) / whole)
+    elastic.declare(shares)
     elastic.set_budget(1.0)
 
 

@@ -336,6 +336,8 @@ class LittleFirstModel(ElasticModule):
         (B, ...) -> (B, C)
     """
 
+    by_sample: ClassVar[bool] = True
+
     def __init__(self, small: nn.Module, big: nn.Module, calls: Sequence[float], cost: float) -> None:
         super().__init__((cost, *(cost + share for share in calls), 1.0))
         self.small, self.big, self.calls = small, big.requires_grad_(False), tuple(calls)
@@ -383,14 +385,12 @@ class LittleFirstModel(ElasticModule):
         with resting(self):
             found = torch.cat([margins(self.small(part)) for part in torch.split(x, batch_size)])
         few = x[:batch_size]
-        shares = [macs(self.small, few) / macs(self.big, few)]
-        cost = shares[0]
+        cost = macs(self.small, few) / macs(self.big, few)
+        shares = [cost]
         for place, share in enumerate(self.calls):
             self.thresholds[place] = share_threshold(found, 1.0 - share)
-            asked = float((found < self.thresholds[place]).double().mean())
-            shares.append(max(cost + asked, shares[-1] + 1e-9))
-        top = 1.0 - 1e-9 * len(shares)
-        self.calibrate((*(min(share, top + 1e-9 * place) for place, share in enumerate(shares)), 1.0))
+            shares.append(cost + float((found < self.thresholds[place]).double().mean()))
+        self.declare(shares)
 
 
 class AddLittle(Edit):
@@ -423,7 +423,8 @@ class LittleFirst(ElasticProcedure):
     """A small network cut from a classifier answers first, and the classifier where the small one is not sure.
 
     The original has learned from the samples on which thresholds are found, and hands that on to the network cut from
-    it: on unseen samples its budgets cost up to a quarter more than they declare (digits), the least of them most.
+    it: on unseen samples budgets cost up to a quarter more than is declared here (digits). ``fit --elastic`` therefore
+    counts anew, on validation samples, what they cost.
 
     Args:
         small: share of the multiply-accumulates that is aimed at for the small network; what it costs is declared.

@@ -188,6 +188,8 @@ class AcmModel(ElasticModule):
         wanted: rising shares, in (0, 1), of what the ACMs can spend; one budget each, and the full one.
     """
 
+    by_sample: ClassVar[bool] = True
+
     def __init__(self, model: nn.Module, wanted: Sequence[float]) -> None:
         super().__init__((*wanted, 1.0))
         self.model = model

@@ -202,7 +202,9 @@ def refine(x: Tensor, choice: Tensor, start: Tensor, learners: Sequence[Callable
     return whole[order.argsort()]
 
 
-def solve_falling(function: Callable[[float], float], target: float, *, low: float, high: float, steps: int) -> float:
+def solve_falling(
+    function: Callable[[float], float], target: float, *, low: float, high: float, steps: int, near: float = 0.0
+) -> float:
     """Return an argument at which a function that falls, but for small ripples, comes nearest to ``target``.
 
     Args:
@@ -210,7 +212,8 @@ def solve_falling(function: Callable[[float], float], target: float, *, low: flo
         target: its wanted value.
         low: where the search begins.
         high: where it ends.
-        steps: how often the interval is halved.
+        steps: how often the interval is halved, at most.
+        near: a gap, as a share of the target, that is small enough to stop at.
 
     Example:
         >>> round(solve_falling(lambda x: -x, -0.3, low=0.0, high=1.0, steps=20), 3)
@@ -222,5 +225,7 @@ def solve_falling(function: Callable[[float], float], target: float, *, low: flo
         value = function(middle)
         if abs(value - target) < gap:
             best, gap = middle, abs(value - target)
+        if gap <= near * abs(target):
+            break
         low, high = (middle, high) if value > target else (low, middle)
     return best

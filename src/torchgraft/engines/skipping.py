@@ -126,6 +126,8 @@ class RoutedModel(ElasticModule):
         wanted: rising shares, in (0, 1), of the blocks' cost; one budget each, and the full one.
     """
 
+    by_sample: ClassVar[bool] = True
+
     def __init__(self, model: nn.Module, wanted: Sequence[float]) -> None:
         super().__init__((*wanted, 1.0))
         self.model = model
@@ -280,10 +282,8 @@ def calibrate_routers(model: RoutedModel, inputs: Inputs) -> None:
         for block in blocks:
             block.thresholds[level] = best
         model.select(level)
-        found = macs(model, inputs) / whole
-        shares.append(max(found, shares[-1] + 1e-9) if shares else found)
-    top = 1.0 - 1e-9 * len(shares)
-    model.calibrate((*(min(share, top + 1e-9 * place) for place, share in enumerate(shares)), 1.0))
+        shares.append(macs(model, inputs) / whole)
+    model.declare(shares)
     model.set_budget(1.0)
 
 

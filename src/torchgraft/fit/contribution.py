@@ -13,8 +13,8 @@ __all__ = ["contributions", "gains", "promise"]
 
 #: The share of the original's score, in size, that may be lost before a model is worth nothing here.
 SPAN = 0.1
-#: What recovery at length leaves of a fall, about.
-LEFT = 0.15
+#: What recovery at length leaves of the fall that a trial has after its own, about (from a tenth to nine tenths).
+LEFT = 0.35
 
 
 def gains(
@@ -53,7 +53,7 @@ def promise(
 
     Example:
         >>> [round(value, 3) for value in promise(0.8, [0.5], 1.0)]
-        [0.7, 1.0]
+        [0.3, 1.0]
     """
     return gains(max(validation, original - LEFT * (original - validation)), ratios, original, span=span)
 

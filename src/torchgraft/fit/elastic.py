@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from torchgraft.bench.task import Task
+from torchgraft.bench.task import Task, take
 from torchgraft.bench.training import evaluate
 from torchgraft.catalogue import registry
 from torchgraft.catalogue.card import Card
@@ -47,6 +47,8 @@ __all__ = ["AtBudget", "Family", "elastic_plan", "make_families", "fit_elastic",
 ELASTIC_SECONDS = 180.0
 #: Training steps where every cost is exact and no time is given.
 STEPS = 200
+#: Validation samples on which is counted what budgets cost, at most, where that depends on samples.
+COUNTED = 512
 #: Steps by which it is found out how many a given time allows.
 _TRIAL_STEPS = 9
 _logger = logging.getLogger("torchgraft")
@@ -226,6 +228,8 @@ def make_families(
                     else 0
                 )
                 elastic.eval().set_budget(1.0)
+                if elastic.by_sample:  # what it costs on samples that no training has seen; no label is looked at
+                    elastic.recount(take(workshop.task.val.inputs, slice(COUNTED)))
                 recipe.save(
                     elastic,
                     _folder(folder, key),

@@ -27,7 +27,8 @@ from torchgraft.bench.task import Inputs, Split, Task
 from torchgraft.bench.training import Objective, train
 from torchgraft.catalogue import Card, Claim
 from torchgraft.engines.nesting.embed import ElasticEmbedder, Views, coordinate_divergence, cut, in_batch_contrast
-from torchgraft.engines.nesting.exits import ExitProcedure, Exits, Menu, read, shared_copy
+from torchgraft.engines.nesting.exit_models import ExitProcedure, Menu, shared_copy
+from torchgraft.engines.nesting.exits import Exits, read
 from torchgraft.errors import BadInput
 
 __all__ = ["CARD", "MaskedAutoencoder", "Starbucks", "StarbucksLoss", "smae_pretrain"]

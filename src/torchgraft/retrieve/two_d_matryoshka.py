@@ -31,7 +31,8 @@ from torchgraft.engines.nesting.embed import (
     in_batch_contrast,
     reciprocal_rank,
 )
-from torchgraft.engines.nesting.exits import ExitProcedure, Exits, Menu, read, shared_copy
+from torchgraft.engines.nesting.exit_models import ExitProcedure, Menu, shared_copy
+from torchgraft.engines.nesting.exits import Exits, read
 from torchgraft.errors import BadInput
 
 __all__ = [

@@ -16,7 +16,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchgraft.bench.task import Task
+from torchgraft.bench.meters import macs
+from torchgraft.bench.task import Inputs, Task
 from torchgraft.catalogue import Card
 from torchgraft.engines.sites import Refusal, Site
 from torchgraft.engines.surgery.edits import Edit, apply_edits
@@ -46,6 +47,8 @@ class ElasticModule(nn.Module, ABC):
         (0.5, 1)
     """
 
+    #: Whether what a budget costs depends on the samples.
+    by_sample: ClassVar[bool] = False
     #: Index of the budget that is set.
     level: int
 
@@ -72,6 +75,36 @@ class ElasticModule(nn.Module, ABC):
         if len(budgets) != len(self.shares):
             raise BadInput(f"there are {len(self.shares)} budgets, got {len(budgets)}")
         self.shares.copy_(torch.tensor(self._checked(budgets), dtype=torch.float64))
+
+    def declare(self, counted: Sequence[float]) -> None:
+        """Say what each smaller level was counted to cost; where counts do not rise, 1e-9 apart.
+
+        Args:
+            counted: of each level but the full one, over the count of the full one.
+        """
+        rising: list[float] = []
+        for share in counted:
+            rising.append(max(share, rising[-1] + 1e-9) if rising else max(share, 1e-9))
+        top = 1.0 - 1e-9 * len(rising)
+        self.calibrate((*(min(share, top + 1e-9 * place) for place, share in enumerate(rising)), 1.0))
+
+    @torch.no_grad()
+    def recount(self, inputs: Inputs) -> ElasticModule:
+        """Declare what each budget costs on ``inputs``, such as samples that no training has seen; return the model.
+
+        Args:
+            inputs: samples; the model is left at its full budget.
+
+        Raises:
+            BadInput: the model fails on them.
+        """
+        whole = macs(self.set_budget(1.0), inputs)
+        counted = []
+        for level in range(len(self.shares) - 1):
+            self.select(level)
+            counted.append(macs(self, inputs) / whole)
+        self.declare(counted)
+        return self.set_budget(1.0)
 
     @property
     def budgets(self) -> tuple[float, ...]:
