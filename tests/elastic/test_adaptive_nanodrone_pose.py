@@ -23,12 +23,12 @@ from torchgraft.elastic.adaptive_nanodrone_pose import (
     AuxMarginPolicy,
     BigLittle,
     LittleFirst,
-    LittleFirstModel,
     OutputPolicy,
     error_table,
     margin,
 )
 from torchgraft.engines import recipe
+from torchgraft.engines.nesting.little_first import LittleFirstModel
 from torchgraft.errors import BadInput
 
 _INF = math.inf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,6 +59,42 @@ def test_a_step_is_timed_on_a_copy(task_file: Path) -> None:
     before = [parameter.clone() for parameter in model.parameters()]
     assert workshop.step_seconds(model) > 0
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_what_surrounds_the_steps_is_not_counted(task_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, now = load_task(str(task_file)), [0.0]
+    workshop = Workshop(task, task.trained(), make_plan(task.trained(), task), [], ["macs"])
+
+    def recover(model: nn.Module, *, steps: int, seed: int) -> int:
+        now[0] += 5.0 + 0.25 * steps  # as if the teacher took five seconds each time
+        return steps
+
+    monkeypatch.setattr(workshop, "recover", recover)
+    monkeypatch.setattr("torchgraft.fit.workshop.time.perf_counter", lambda: now[0])
+    assert workshop.step_seconds(task.architecture()) == pytest.approx(0.25)
+
+
+def test_the_original_is_asked_once_where_its_answers_are_few(task_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = load_task(str(task_file))
+    original = task.trained()
+
+    def moved(batches: int) -> tuple[dict[str, torch.Tensor], int]:
+        monkeypatch.setattr("torchgraft.fit.workshop.KEPT_BATCHES", batches)
+        workshop = Workshop(task, original, make_plan(original, task), [], ["macs"])
+        student, calls = copy.deepcopy(original), [0]
+        for parameter in student.parameters():
+            parameter.data.mul_(0.5)
+        handle = original.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+        for seed in range(3):
+            workshop.recover(student, steps=2, seed=seed)
+        handle.remove()
+        return student.state_dict(), calls[0]
+
+    (kept, few), (asked, many) = moved(64), moved(0)
+    batches = -(-len(task.train) // task.batch_size)
+    assert few == 2 + batches  # two looks at whether a sample's answer is its own, and each batch once
+    assert many == 6
+    assert all(torch.allclose(kept[name], asked[name], atol=1e-5) for name in kept)
 
 
 def test_each_procedure_is_told_what_it_did_where_several_act_on_one_layer() -> None:
