@@ -8,6 +8,9 @@ Equation: ``C = the floor(beta N) neurons most often among a token's top floor(a
 
 Departures: several sequences of a batch have a set each, where the paper's code takes one sequence. Neurons with equal
 counts are ranked by their summed activation.
+
+It is no lever of ``fit``: the neurons that a prompt chooses save work on the tokens that are decoded after it, and the
+pass over a whole sample, which ``fit`` scores and times, is the prompt.
 """
 
 from __future__ import annotations
