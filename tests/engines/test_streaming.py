@@ -122,8 +122,10 @@ def test_skipped_and_last_frames() -> None:
     assert _fed(LastCell(1, window=3), x, [2, 1], 1, last=False)[0].tolist() == [[2, 3, 4, 5, 6]]  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("bias", [True, False])
-def test_attentions_equal_attention_over_each_window(bias: bool) -> None:
+def test_attentions_equal_attention_over_each_window(bias: bool, seed: int) -> None:
+    torch.manual_seed(seed)
     attention = nn.MultiheadAttention(8, 2, bias=bias, batch_first=True, dtype=torch.float64).eval()
     with torch.no_grad():
         for value in attention.parameters():

@@ -114,9 +114,8 @@ class RetroactiveAttention(_Streamed):
         """Forget all tokens."""
         super().reset()
         self.q: Tensor | None = None
-        self.sums: tuple[Tensor, Tensor, Tensor] | None = (
-            None  # shift and denominator (B, H, n), numerator (B, H, n, K)
-        )
+        #: Shift and denominator (B, H, n), numerator (B, H, n, K), and the largest denominator since they were formed.
+        self.sums: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self.since = 0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,11 +123,12 @@ class RetroactiveAttention(_Streamed):
         q, k, v = self._project(x)
         return self._out(torch.softmax(q @ k.transpose(-2, -1), -1) @ v)
 
-    def _fresh(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _fresh(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         scores = (q @ k.transpose(-2, -1)).double()
         shift = scores.amax(-1)
         weights = (scores - shift[..., None]).exp()
-        return shift, weights.sum(-1), weights @ v.double()
+        total = weights.sum(-1)
+        return shift, total, weights @ v.double(), total
 
     def forward_step(self, x: Tensor) -> Tensor | None:
         """Take one token (B, D); return all outputs (B, window, D) once the window is full."""
@@ -155,20 +155,27 @@ class RetroactiveAttention(_Streamed):
 
     def _moved(
         self, kept: Tensor, q: Tensor, k: Tensor, v: Tensor, old_k: Tensor, old_v: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """Return the sums after one key has left and one has come, or ``None`` where they must be formed anew."""
         if self.sums is None or self.k is None or self.v is None:
             return None
-        shift, total, mixed = (part[:, :, 1:] for part in self.sums)
+        shift, total, mixed, most = (part[:, :, 1:] for part in self.sums)
         gone = (kept @ old_k.transpose(-2, -1)).double()[..., 0]
         come = (kept @ k.transpose(-2, -1)).double()[..., 0]
-        if bool((come - shift > 20).any()) or bool((total - (gone - shift).exp() < 1e-6 * total).any()):
+        # What is rounded off is a share of the largest sum there was, however many steps it took to lose the rest.
+        if bool((come - shift > 20).any()) or bool((total - (gone - shift).exp() < 1e-6 * most).any()):
             return None
         leaving, coming = (gone - shift).exp(), (come - shift).exp()
         total = total - leaving + coming
         mixed = mixed - leaving[..., None] * old_v.double() + coming[..., None] * v.double()
-        first, ones, row = self._fresh(q, self.k, self.v)
-        return torch.cat([shift, first], 2), torch.cat([total, ones], 2), torch.cat([mixed, row], 2)
+        first, ones, row, _ = self._fresh(q, self.k, self.v)
+        most = torch.maximum(most, total)
+        return (
+            torch.cat([shift, first], 2),
+            torch.cat([total, ones], 2),
+            torch.cat([mixed, row], 2),
+            torch.cat([most, ones], 2),
+        )
 
 
 def finish(layer: nn.TransformerEncoderLayer, x: Tensor, attended: Tensor) -> Tensor:
