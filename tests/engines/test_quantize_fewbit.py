@@ -188,6 +188,28 @@ def test_parameters_of_no_layer_run_from_codes_too() -> None:
     assert torch.equal(again(x), made(x))
 
 
+class Half(nn.Module):
+    """A parameter, and a buffer that stands for another one."""
+
+    parameter_buffers = ("codes",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(draw(16, 16))
+        self.register_buffer("codes", torch.zeros(4, 4, dtype=torch.int8))
+
+
+def test_what_stood_for_a_parameter_before_still_counts_as_one() -> None:
+    made = apply_edits(Half(), [FewBit(bits={"table": 4})])
+    assert params(made) == params(Half()) == 16 * 16 + 4 * 4
+
+
+def test_globs_of_modules_keep_their_parameters() -> None:
+    model = nn.Sequential(nn.MultiheadAttention(16, 2), nn.Linear(16, 16))
+    assert storable_values(model, ignore=["0"]) == []
+    assert storable_values(model, ignore=["0.out_proj"]) == ["0.in_proj_weight"]
+
+
 def test_two_parameters_of_one_module_and_what_must_keep_its_own() -> None:
     model = nn.MultiheadAttention(16, 2, batch_first=True)
     assert storable_values(model) == ["in_proj_weight", "out_proj.weight"]

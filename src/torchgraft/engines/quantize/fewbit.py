@@ -223,8 +223,9 @@ def _dense(module: Any, name: str) -> Tensor:
 def _class_of(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """Return a subclass of ``base`` whose parameters ``names`` are put together from codes whenever they are read."""
     body: dict[str, Any] = {name: property(functools.partial(_dense, name=name)) for name in names}
-    # Said to the meters: these stand for parameters and count as such.
-    body |= {"parameter_buffers": names, "few_bit_from": base, "__module__": __name__}
+    # Said to the meters: these stand for parameters and count as such, beside what stands for some already.
+    held = (*getattr(base, "parameter_buffers", ()), *names)
+    body |= {"parameter_buffers": held, "few_bit_from": base, "__module__": __name__}
     return type(f"FewBit{base.__name__}", (base,), body)
 
 
