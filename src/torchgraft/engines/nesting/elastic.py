@@ -79,6 +79,8 @@ class ElasticModule(nn.Module, ABC):
     def declare(self, counted: Sequence[float]) -> None:
         """Say what each smaller level was counted to cost; where counts do not rise, 1e-9 apart.
 
+        Budgets rise to 1, so that one which was counted to cost more than the full one stands just below it.
+
         Args:
             counted: of each level but the full one, over the count of the full one.
         """
