@@ -41,8 +41,9 @@ CAPABILITIES = (
 )
 #: The order in which procedures may stand on one model; at most one procedure of each stage.
 #: "weights" is the form of single weights (sparse, binary, few values) under which the model goes on training.
-#: "norms" stands where their number is settled, before the weights take their form.
-STAGES = ("mixer", "depth", "width", "rank", "norms", "weights", "precision")
+#: "norms" stands where their number is settled, before the weights take their form; "execution" is how the finished
+#: model is run, and changes nothing of what it holds.
+STAGES = ("mixer", "depth", "width", "rank", "norms", "weights", "precision", "execution")
 
 _KEY = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
@@ -103,7 +104,7 @@ class Card(_Frozen):
     engine: tuple[str, ...] = ("none",)
     equation: str = Field(min_length=3)
     entry: str
-    stage: Literal["mixer", "depth", "width", "rank", "norms", "weights", "precision"] | None = None
+    stage: Literal["mixer", "depth", "width", "rank", "norms", "weights", "precision", "execution"] | None = None
     conflicts: dict[str, str] = {}
     capabilities: frozenset[str] = frozenset()
     declared: dict[str, str | float] = {}

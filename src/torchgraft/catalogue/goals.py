@@ -11,7 +11,7 @@ _STRUCTURAL = frozenset({"depth", "width", "rank"})
 _ALL = _STRUCTURAL | {"norms", "weights", "precision"}
 #: goal -> the stages whose procedures serve it.
 _STAGES = {
-    "latency": _ALL | {"mixer"},
+    "latency": _ALL | {"mixer", "execution"},
     "macs": _STRUCTURAL | {"mixer", "weights"},
     "params": _STRUCTURAL | {"norms", "weights"},
     "memory": _STRUCTURAL | {"mixer"},

@@ -14,48 +14,32 @@ Departures:
 - A predicate is an output of the block before it; a small one where paths meet is repeated at the end of each path.
 - Sizes are those of the example. A decision is one number, so samples of a batch cannot part. ``x += y`` makes a new
   tensor, so that other names of the old one keep their value.
+- As a lever of ``fit`` (:class:`CompiledPasses`) it serves straight networks too: a graph of one node, whose operators
+  oneDNN joins. The model stays a module; Python runs wherever the program would be wrong.
 - Refused with file and line: state in attributes, elements and in-place changes, picking a module by a tensor's value,
   shapes that depend on values, random numbers, ``with``, ``try``, lambdas.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
-from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 
-from torchgraft.bench.files import write_atomic
-from torchgraft.bench.meters.forward import resting
+from torchgraft.bench.meters.forward import leaf_tensors, resting
+from torchgraft.bench.meters.latency import interleaved
+from torchgraft.bench.task import Task, call
 from torchgraft.catalogue import Card, Claim
-from torchgraft.engines.control_flow import (
-    TEST,
-    Flow,
-    Host,
-    HostNode,
-    HostProgram,
-    Run,
-    computes,
-    load_host,
-    network,
-    onnx_session,
-    optimise,
-    save_host,
-    signature,
-    specialise,
-)
-from torchgraft.errors import BadInput, MissingExtra
+from torchgraft.engines.control_flow import BACKENDS, Backend, CompiledDynamic, load_host, optimise, specialise
+from torchgraft.engines.control_flow.execution import LEAST_OPERATORS, Execution, RunCompiled
+from torchgraft.engines.control_flow.fused import traits
+from torchgraft.engines.procedure import Procedure, Refusal, Site, ignored
+from torchgraft.engines.surgery.edits import Edit, apply_edits, history
+from torchgraft.errors import BadInput, Untraceable
 
-__all__ = ["CARD", "CompiledDynamic", "compile_dynamic", "load_host"]
-
-Backend = Literal["export", "trace", "onnx", "eager"]
+__all__ = ["CARD", "CompiledDynamic", "CompiledPasses", "compile_dynamic", "load_host"]
 
 CARD = Card(
     key="dycl-compile",
@@ -64,10 +48,11 @@ CARD = Card(
     authors="Chen et al., 2023",
     reference="https://arxiv.org/abs/2307.04963",
     family="elastic",
-    kind="tool",
+    kind="procedure",
     engine=("surgery",),
     equation="in(B) = use(B) | (out(B) - def(B)), out(B) = union of in(S) over the successors S of B",
-    entry="compile_dynamic",
+    entry="CompiledPasses",
+    stage="execution",
     oracles=(
         "inputs that cover every edge of the graph: outputs equal the original's bit for bit (eager) or to 1e-5"
         " (ONNX Runtime, torch.export, torch.jit.trace), and the decisions are the same, in the same order",
@@ -76,6 +61,8 @@ CARD = Card(
         "the optimised and the plain program agree on every path, and the optimised one has fewer nodes",
         "a saved program runs on numpy arrays from JSON and ONNX files alone; a wrong file is refused",
         "each unsupported construct is refused with its file and line",
+        "as a lever of fit: outputs equal Python's to 1e-5 on inputs that the program was not made from, and Python"
+        " runs wherever a program would be wrong: other sizes, gradients, hooks, modes, changed weights or modules",
     ),
     claim=Claim(
         text="early-exit CNN, layer-skip residual net and a recurrent net that reads until it is sure, on digits; 1,000"
@@ -83,8 +70,10 @@ CARD = Card(
         figure="the trace mispredicts >= 20 % of the inputs that take another path, the program differs in no"
         " prediction, decision or output (1e-4) on 1,000 inputs, and is >= 1.1x faster than eager on each net; 3 seeds",
     ),
-    choose_when="a network exits early, skips layers or loops as its input demands, and must leave Python",
-    choose_instead="torch.export alone where the path is always the same; torch.cond where you can rewrite the model",
+    choose_when="a network exits early, skips layers or loops as its input demands; or any network answers small"
+    " batches of one size on a CPU, where what surrounds its products takes as long as they do",
+    choose_instead="torch.compile where a minute of compiling is no matter, or on a GPU; torch.cond where you can"
+    " rewrite the model",
     confidence="medium",
     bibtex="""@inproceedings{chen2023dycl,
   title={{DyCL}: Dynamic Neural Network Compilation Via Program Rewriting and Graph Optimization},
@@ -93,239 +82,6 @@ CARD = Card(
   year={2023}
 }""",
 )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-
-
-def onnx_bytes(module: nn.Module, example: tuple[Tensor, ...]) -> bytes:
-    """Return a straight-line network as an ONNX model."""
-    try:
-        import onnxruntime  # noqa: F401  # it will run the model
-        import onnxscript  # noqa: F401  # the exporter needs it
-    except ImportError as error:
-        raise MissingExtra(error.name or "onnxruntime", "onnx") from None
-    with _quiet(), torch.no_grad():
-        program = torch.onnx.export(module, example, dynamo=True, verbose=False, external_data=False)
-    if program is None:
-        raise BadInput("torch.onnx.export returned nothing")
-    data: bytes = program.model_proto.SerializeToString()
-    return data
-
-
-class _Decisions(TorchFunctionMode):
-    """Note every truth value that a tensor is asked for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[bool] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if func is torch.Tensor.__bool__:
-            self.seen.append(found)
-        return found
-
-
-class CompiledDynamic(nn.Module):
-    """A host program and its straight-line sub-networks; called like the original, on inputs of the example's sizes.
-
-    Args:
-        model: the original, kept for :meth:`verify`.
-        example: its arguments.
-        flow: the control-flow graph.
-        backend: how sub-networks run.
-    """
-
-    original: nn.Module
-
-    def __init__(self, model: nn.Module, example: tuple[Tensor, ...], flow: Flow, backend: Backend) -> None:
-        super().__init__()
-        self.__dict__["original"] = model  # not a part of the compiled module
-        self.flow, self.backend = flow, backend
-        self.subgraphs: list[fx.GraphModule] = []
-        self.examples: list[tuple[Tensor, ...]] = []
-        known: dict[Any, int] = {}
-        nodes = []
-        for node in flow.nodes:
-            module, outputs, moves = network(node)
-            number = None
-            if computes(node):
-                number = known.setdefault(signature(node), len(self.subgraphs))
-                if number == len(self.subgraphs):
-                    self.subgraphs.append(module)
-                    # Copies: torch.export takes one tensor given twice for one argument.
-                    self.examples.append(tuple(node.example[name].clone() for name in node.inputs))
-            nodes.append(
-                HostNode(
-                    net=number,
-                    inputs=tuple(node.inputs) if number is not None else (),
-                    outputs=tuple(map(tuple, outputs)),
-                    moves=tuple(moves),
-                    test=TEST if node.test else None,
-                    next=tuple(node.following),
-                    result=node.result,
-                    line=node.line,
-                )
-            )
-        self.program = HostProgram(
-            arguments=flow.arguments,
-            sizes=tuple(tuple(each.shape) for each in example),
-            kinds=tuple(str(each.dtype).removeprefix("torch.") for each in example),
-            entry=flow.entry,
-            nodes=tuple(nodes),
-        )
-        self._kinds = tuple(each.dtype for each in example)
-        self._onnx: list[bytes] = []
-        self.host = Host(self.program, self._compiled(backend))
-        self._edges: set[tuple[int, int]] = set()
-        self.eval()
-
-    def _compiled(self, backend: Backend) -> list[Callable[[list[Any]], Sequence[Any]]]:
-        nets: list[Callable[[list[Any]], Sequence[Any]]] = []
-        for module, example in zip(self.subgraphs, self.examples, strict=True):
-            try:
-                if backend == "onnx":
-                    self._onnx.append(onnx_bytes(module, example))
-                    nets.append(onnx_session(self._onnx[-1], torch.get_num_threads()))
-                    continue
-                compiled: Any = module
-                if backend == "export":
-                    with _quiet(), torch.no_grad():
-                        compiled = torch.export.export(module, example, strict=False).module()
-                elif backend == "trace":
-                    with _quiet(), torch.no_grad():
-                        trace: Any = torch.jit.trace
-                        compiled = trace(module, example, check_trace=False)
-            except BadInput:
-                raise
-            except Exception as error:
-                why = str(error).splitlines()[0]
-                raise BadInput(f"backend {backend!r} cannot compile a sub-network: {why}") from error
-            nets.append(lambda values, run=compiled: run(*values))  # type: ignore[misc]  # bound now
-        return nets
-
-    def forward(self, *inputs: Tensor) -> Any:
-        """Run the program."""
-        return self.run(*inputs)[0]
-
-    def run(self, *inputs: Tensor) -> tuple[Any, Run]:
-        """Return the output and what was done: nodes gone through, decisions made.
-
-        Raises:
-            BadInput: inputs are not of the sizes and types of the example.
-        """
-        sizes = tuple(tuple(each.shape) for each in inputs)
-        if sizes != self.program.sizes:
-            raise BadInput(f"inputs must have the sizes {self.program.sizes} that were compiled, got {sizes}")
-        kinds = tuple(each.dtype for each in inputs)
-        if kinds != self._kinds:
-            raise BadInput(f"inputs must be {self._kinds}, got {kinds}")
-        done = Run()
-        with torch.no_grad():
-            if self.backend == "onnx":
-                found = _tensors(self.host(*(each.detach().cpu().numpy() for each in inputs), run=done))
-            else:
-                found = self.host(*inputs, run=done)
-        self._edges.update(zip(done.path, done.path[1:], strict=False))
-        return found, done
-
-    def verify(self, inputs: Iterable[Tensor | tuple[Tensor, ...]], *, tolerance: float = 1e-5) -> dict[str, float]:
-        """Run the original beside the program and return what differs.
-
-        Args:
-            inputs: the arguments of each call.
-            tolerance: largest accepted difference, relative to the largest output but 1 at least.
-
-        Returns:
-            ``calls``; ``mismatches``, calls whose output differs by more or in form; ``decisions``, calls whose
-            decisions on tensors differ (those on Python numbers are not seen in the original); ``largest``, the largest
-            relative difference.
-        """
-        calls = mismatches = decisions = 0
-        largest = 0.0
-        with resting(self.original), torch.no_grad():
-            for each in inputs:
-                given = (each,) if isinstance(each, Tensor) else tuple(each)
-                with _Decisions() as noted:
-                    expected = self.original(*given)
-                found, done = self.run(*given)
-                gap = _gap(expected, found)
-                calls, largest = calls + 1, max(largest, gap)
-                mismatches += not gap <= tolerance
-                ours = [holds for place, holds in done.decisions if not self.flow.nodes[place].number]
-                decisions += noted.seen != ours
-        return {"calls": calls, "mismatches": mismatches, "decisions": decisions, "largest": largest}
-
-    def coverage(self) -> dict[str, Any]:
-        """Return how many edges of the graph calls have taken so far, and the lines after which one was not."""
-        edges = self.flow.edges()
-        missed = [edge for edge in edges if edge not in self._edges]
-        return {
-            "nodes": len(self.flow.nodes),
-            "subgraphs": len(self.subgraphs),
-            "edges": len(edges),
-            "taken": len(edges) - len(missed),
-            "missed": sorted({self.flow.nodes[place].line for place, _ in missed}),
-        }
-
-    def save(self, folder: Path | str) -> None:
-        """Write the program as JSON and ONNX files, which :func:`load_host` runs by ONNX Runtime on numpy arrays.
-
-        Programs of the backend ``"export"`` are also written as ``net_K.pt2``, for ``torch.export.load``.
-        """
-        folder = Path(folder)
-        nets = zip(self.subgraphs, self.examples, strict=True)
-        data = self._onnx or [onnx_bytes(module, example) for module, example in nets]
-        if self.backend == "export":
-            for place, (module, example) in enumerate(zip(self.subgraphs, self.examples, strict=True)):
-                buffer = io.BytesIO()
-                with _quiet(), torch.no_grad():
-                    torch.export.save(torch.export.export(module, example, strict=False), buffer)
-                write_atomic(folder / f"net_{place}.pt2", buffer.getvalue())
-        save_host(self.program, data, folder)
-
-
-def _tensors(value: Any) -> Any:
-    """Return a result of ONNX Runtime with tensors for arrays."""
-    if isinstance(value, tuple | list):
-        parts = [_tensors(each) for each in value]
-        return parts if isinstance(value, list) else tuple(parts)
-    if isinstance(value, dict):
-        return {name: _tensors(each) for name, each in value.items()}
-    return torch.from_numpy(value) if hasattr(value, "__array__") and not isinstance(value, Tensor) else value
-
-
-def _gap(expected: Any, found: Any) -> float:
-    """Return the largest relative difference of two results; infinity where they differ in form."""
-    if isinstance(expected, Tensor):
-        if not isinstance(found, Tensor) or expected.shape != found.shape:
-            return float("inf")
-        if not expected.numel() or torch.equal(expected, found):
-            return 0.0
-        gap = (expected.double() - found.double()).abs().max() / expected.double().abs().max().clamp_min(1.0)
-        return float(gap) if bool(torch.isfinite(gap)) else float("inf")
-    if isinstance(expected, tuple | list | dict):
-        if not isinstance(found, tuple | list | dict) or len(expected) != len(found):
-            return float("inf")
-        keys = expected if isinstance(expected, dict) else range(len(expected))
-        return max((_gap(expected[key], found[key]) for key in keys), default=0.0)
-    if isinstance(found, Tensor) and found.numel() == 1:
-        found = found.item()  # a number that was computed out of tensors
-    return 0.0 if expected == found else float("inf")
 
 
 def compile_dynamic(
@@ -341,7 +97,8 @@ def compile_dynamic(
     Args:
         model: a network in eval mode whose ``forward`` is Python source; its weights are shared, except by ``"onnx"``.
         example_inputs: its argument, or arguments; sizes are fixed by them, values do not matter.
-        backend: ``"onnx"`` (ONNX Runtime), ``"export"`` (torch.export), ``"trace"`` (torch.jit.trace), or ``"eager"``.
+        backend: ``"onnx"`` (ONNX Runtime), ``"export"`` (torch.export), ``"trace"`` (torch.jit.trace), ``"fused"`` (the
+            trace with constant weights, its operators joined by oneDNN), or ``"eager"``.
         optimised: whether nodes are merged; without, there is one a statement.
         limit: how many copies of one statement loops may make before numbers become tensors.
 
@@ -360,8 +117,8 @@ def compile_dynamic(
     example = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     if not all(isinstance(each, Tensor) for each in example):
         raise BadInput("example_inputs must be a tensor or a tuple of tensors")
-    if backend not in ("export", "trace", "onnx", "eager"):
-        raise BadInput(f"backend must be 'export', 'trace', 'onnx' or 'eager', got {backend!r}")
+    if backend not in BACKENDS:
+        raise BadInput(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if model.training:
         raise BadInput("model must be in eval mode")
     if limit < 2:
@@ -382,3 +139,107 @@ class _Halving(nn.Module):
         while x.max() >= 1.0:
             x = x / 2
         return x
+
+
+_NO_LATENCY = "weights and operators stay; only latency falls, and it is not measured"
+
+
+class CompiledPasses(Procedure):
+    """Run the model's passes on inputs like the task's example as compiled programs, at any strength above 0.
+
+    Args:
+        timed: whether to act only where the program is faster on the task's example, measured once on the first model
+            that is asked about; ``fit`` asks for it.
+        latency: whether latency counts at all; where it does not, nothing is a site.
+
+    Example:
+        >>> x, y = torch.randn(8, 4), torch.randint(0, 2, (8,))
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2)).eval()
+        >>> task = Task(net, (x, y), (x, y), (x, y), nn.functional.cross_entropy, lambda out, t: out[:, 0])
+        >>> model = CompiledPasses().apply(net, task, 1.0)
+        >>> with torch.no_grad():
+        ...     bool((model(task.example) - net(task.example)).abs().max() < 1e-5), model.forward.compiled(task.example)
+        (True, True)
+    """
+
+    card: ClassVar[Card] = CARD
+    exact = True
+    expense = 0
+
+    def __init__(self, *, timed: bool = False, latency: bool = True) -> None:
+        self.timed, self.latency = timed, latency
+        self._slow: str | None = None
+        self._refusals: list[Refusal] = []
+
+    def for_costs(self, costs: Sequence[str]) -> CompiledPasses:
+        """Return this procedure, timing where latency counts and doing nothing where it does not."""
+        return CompiledPasses(timed="latency" in costs, latency="latency" in costs)
+
+    def applies_to(self, model: nn.Module, task: Task, *, ignore: Sequence[str] = ()) -> list[Site]:
+        """Return the whole model, or nothing. See :class:`Procedure`."""
+        self._refusals = []
+        if ignored(_WHOLE, ignore):
+            return []
+        found = self._refusal(model, task)
+        if isinstance(found, Refusal):
+            self._refusals = [found]
+            return []
+        if found < LEAST_OPERATORS or RunCompiled.on(task.example) in history(model):
+            return []
+        if self.timed:
+            if self._slow is None:
+                self._slow = _why_slow(model, task)
+            if self._slow:
+                self._refusals = [Refusal(_WHOLE, self._slow)]
+                return []
+        return [Site(_WHOLE, "operators", found, sum(value.numel() for value in model.parameters()))]
+
+    def refusals(self, model: nn.Module, task: Task, *, ignore: Sequence[str] = ()) -> list[Refusal]:
+        """Return why the model cannot be compiled. See :class:`Procedure`."""
+        return list(self._refusals)
+
+    def plan(
+        self, model: nn.Module, task: Task, strength: float, *, ignore: Sequence[str] = (), seed: int = 0
+    ) -> list[Edit]:
+        """Return one edit. See :class:`Procedure`."""
+        return [RunCompiled.on(task.example)]
+
+    def _refusal(self, model: nn.Module, task: Task) -> Refusal | int:
+        """Return why ``model`` cannot be compiled, or how many operators a pass of it has."""
+        if not self.latency:
+            return Refusal(_WHOLE, _NO_LATENCY)
+        held = [*model.parameters(), *model.buffers(), *leaf_tensors(task.example)]
+        if any(value.device.type != "cpu" for value in held):
+            return Refusal(_WHOLE, "operators are joined on a CPU; torch.compile does so elsewhere")
+        named = dict(task.example) if isinstance(task.example, Mapping) else {}
+        args = () if named else tuple(leaf_tensors(task.example))
+        found = traits(model, args, named)
+        if found.draws or found.writes:
+            what = "it draws random numbers" if found.draws else "it changes its own buffers in eval mode"
+            return Refusal(_WHOLE, what)
+        if found.decides:
+            if named:
+                return Refusal(_WHOLE, "it decides on its data, and takes keyword arguments")
+            try:
+                with resting(model):
+                    specialise(model, args)
+            except Untraceable as error:
+                return Refusal(_WHOLE, str(error), error.line)
+        return found.operators
+
+
+#: How the whole model is called as a site.
+_WHOLE = "(model)"
+
+
+def _why_slow(model: nn.Module, task: Task) -> str:
+    """Return why no program is to be used on the task's example; nothing where it is faster than Python."""
+    compiled = apply_edits(model, [RunCompiled.on(task.example)])
+    with resting(compiled), torch.inference_mode():
+        call(compiled, task.example)
+    execution = compiled.__dict__["forward"]
+    if not (isinstance(execution, Execution) and execution.compiled(task.example)):
+        return "it cannot be compiled; the log says why"
+    seconds = interleaved([model, compiled], task.example, rounds=5)
+    ratio = float((seconds[:, 1] / seconds[:, 0]).mean())
+    return "" if ratio < 1.0 else f"compiled it takes {ratio:.2f} of the time here"

@@ -20,12 +20,19 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-__all__ = ["cache_folder", "library"]
+import torch
+
+__all__ = ["cache_folder", "library", "traced"]
 
 _logger = logging.getLogger("torchgraft")
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 _X86, _ARM = ("-march=native", "-mprefer-vector-width=512"), ("-mcpu=native",)  # the width where there are such vectors
 _NATIVE = {"x86_64": _X86, "AMD64": _X86, "aarch64": _ARM, "arm64": _ARM}
+
+
+def traced() -> bool:
+    """Say whether what runs is being recorded; a function called through ctypes would leave no trace of itself."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def cache_folder() -> Path:

@@ -369,7 +369,7 @@ def _fold_norm(model: nn.Module, before_name: str, norm_name: str) -> None:
     before.weight = nn.Parameter(scaled.to(weight.dtype), requires_grad=trains)
     before.bias = nn.Parameter(((bias - mean) * scale + shift).to(weight.dtype), requires_grad=trains)
     parent, _, child = norm_name.rpartition(".")
-    setattr(model.get_submodule(parent), child, nn.Identity())
+    setattr(model.get_submodule(parent), child, nn.Identity().train(norm.training))
 
 
 class FoldNorms(Edit):

@@ -179,7 +179,14 @@ def _applied(workshop: Workshop, finalist: Finalist) -> list[Applied]:
     if applied and homes:  # edits whose home is an engine belong to the procedures that have none of their own
         shared = [entry for own in homes.values() for entry in own.items()]
         # The words of folded norms name layers, so they are looked for first.
-        by_stage = {"norms": "norm", "mixer": "linear attention", "depth": "layer", "width": "kept", "rank": "rank"}
+        by_stage = {
+            "execution": "program",
+            "norms": "norm",
+            "mixer": "linear attention",
+            "depth": "layer",
+            "width": "kept",
+            "rank": "rank",
+        }
         for stage, word in by_stage.items():
             for own in (own for card, _, own in applied if card.stage == stage):
                 own.update((m, w) for m, w in shared if word in w)

@@ -92,7 +92,7 @@ def _sampled(trial: optuna.Trial, plan: Plan, *, budgeted: bool) -> Choice:
             procedures[stage] = (key, strength)
     target = trial.suggest_float("target", 0.7, 1.0) if budgeted else 1.0
     if not procedures:
-        stage = next(stage for stage in FILLERS if stage in plan.stages)
+        stage = next((stage for stage in FILLERS if stage in plan.stages), next(iter(plan.stages)))
         procedures[stage] = (next(iter(plan.stages[stage])), 0.5)
     return Choice(procedures, target)
 
@@ -203,16 +203,16 @@ def run_trial(
         )
 
     if workshop.limits and workshop.load(made.ratios) > 1.0:
-        score = float(workshop.score(workshop.finish(made.model, made.strengths, seed)).mean())
+        score = workshop.score_of(made, seed)
         return record("stopped early", score, "does not reach the budget even at full strength"), score
     first = max(effort.steps // 4, 1) if effort.steps else 0
     workshop.recover(made.model, steps=first, seed=seed)
-    rung = float(workshop.score(workshop.finish(made.model, made.strengths, seed)).mean())
+    rung = workshop.score_of(made, seed)
     # Without a budget the deepest cuts score least at first, and may be worth most.
     if workshop.limits and effort.steps and len(rungs) >= QUORUM and rung < statistics.median(rungs):
         return record("stopped early", rung, "below the median of the others after a quarter of the recovery"), rung
     workshop.recover(made.model, steps=effort.steps - first, seed=seed + 1)
-    score = float(workshop.score(workshop.finish(made.model, made.strengths, seed)).mean())
+    score = workshop.score_of(made, seed)
     if folder is not None:
         keep(workshop, made, folder, seed, score)
     return record("complete", score, ""), rung

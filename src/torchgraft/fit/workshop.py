@@ -30,6 +30,8 @@ __all__ = ["Choice", "Made", "Workshop"]
 
 #: Which stage's strength is solved for, the first one present: the finer the dial, the sooner.
 FILLERS = ("width", "rank", "weights", "depth", "mixer", "precision")
+#: Stages that stand on a model once it is trained.
+LAST = ("precision", "execution")
 #: Costs that are noisy and are therefore aimed at with a margin.
 NOISY = ("latency",)
 MARGIN = 0.93
@@ -172,16 +174,22 @@ class Workshop:
             return model  # an earlier procedure has left nothing to act on
         return procedure.apply(model, self.task, strength, ignore=self.ignore, seed=seed)
 
-    def finish(self, model: nn.Module, strengths: Mapping[str, float], seed: int) -> nn.Module:
-        """Return ``model`` after what its procedures leave to its end, the precision procedure last."""
-        stage = self.plan.stages.get("precision", {})
+    def finish(
+        self, model: nn.Module, strengths: Mapping[str, float], seed: int, *, stages: Sequence[str] = LAST
+    ) -> nn.Module:
+        """Return ``model`` after what its procedures leave to its end, and those of ``stages``, the last ones."""
+        last = {key: stage for stage in LAST for key in self.plan.stages.get(stage, {}) if key in strengths}
         for key in strengths:
-            if key not in stage and (edits := self._endings(model, key)):
+            if key not in last and (edits := self._endings(model, key)):
                 model = apply_edits(model, edits)
-        for key in stage:
-            if key in strengths:
-                return self._apply(model, key, strengths[key], seed)
+        for key, stage in last.items():
+            if stage in stages:
+                model = self._apply(model, key, strengths[key], seed)
         return model
+
+    def score_of(self, made: Made, seed: int) -> float:
+        """Return the mean validation score of a candidate; how it is executed changes nothing of it."""
+        return float(self.score(self.finish(made.model, made.strengths, seed, stages=LAST[:1])).mean())
 
     def _endings(self, model: nn.Module, key: str) -> list[Edit]:
         return self.plan.procedures[key].ending(model, self.task, ignore=self.ignore)
@@ -211,7 +219,7 @@ class Workshop:
                     continue
                 key, given = choice.procedures[stage]
                 strengths[key] = strength if stage == filler else given
-                if position >= max(prefix_until, 0) and stage != "precision":
+                if position >= max(prefix_until, 0) and stage not in LAST:
                     model = self._apply(model, key, strengths[key], seed)
             made = Made(model, strengths)
             made.ratios = self.quick_ratios(self.finish(model, strengths, seed), watched)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from torchgraft.engines.attention.pair import Pair
 from torchgraft.engines.attention.rows import Rows
-from torchgraft.engines.native import library
+from torchgraft.engines.native import library, traced
 
 __all__ = [
     "L1",
@@ -242,7 +242,7 @@ def softplus(s: Tensor, rows: Rows) -> Tensor:
 
 def _may_be_fast(s: Tensor, rows: Rows) -> bool:
     plain = s.device.type == "cpu" and s.dtype == torch.float32 and s.numel() > 0
-    return rows.overwrite and plain and not torch.compiler.is_compiling()
+    return rows.overwrite and plain and not traced()
 
 
 def _compiled_softplus(s: Tensor, sums: Tensor | None = None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torchgraft.engines.control_flow.compiled import BACKENDS, Backend, CompiledDynamic, onnx_bytes
 from torchgraft.engines.control_flow.graphs import TEST, Flow, Node, computes, network, optimise, signature
 from torchgraft.engines.control_flow.host import Host, HostNode, HostProgram, Run, load_host, onnx_session, save_host
 from torchgraft.engines.control_flow.liveness import live_variables
@@ -9,8 +10,11 @@ from torchgraft.engines.control_flow.lower import Code, Statement, lower
 from torchgraft.engines.control_flow.specialise import specialise
 
 __all__ = [
+    "BACKENDS",
     "TEST",
+    "Backend",
     "Code",
+    "CompiledDynamic",
     "Flow",
     "Host",
     "HostNode",
@@ -23,6 +27,7 @@ __all__ = [
     "load_host",
     "lower",
     "network",
+    "onnx_bytes",
     "onnx_session",
     "optimise",
     "save_host",

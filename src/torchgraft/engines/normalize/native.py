@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torchgraft.engines.native import library
+from torchgraft.engines.native import library, traced
 
 __all__ = [
     "KINDS",
@@ -61,7 +61,7 @@ def _functions() -> dict[str, Any] | None:
 
 def usable(*tensors: Tensor | None) -> bool:
     """Say whether the kernels can take ``tensors``: float32 on the CPU, and a compiler (or its work) is there."""
-    if torch.compiler.is_compiling():
+    if traced():
         return False
     given = [value for value in tensors if value is not None]
     plain = all(

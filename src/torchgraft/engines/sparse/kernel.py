@@ -52,11 +52,13 @@ def product(
         tokens: whether the columns of ``x`` are contiguous: (N, K) -> (N, M); else (B, K, N) -> (B, M, N).
 
     Raises:
-        BadInput: a tensor is not float32 and contiguous on the CPU, or sizes do not fit.
+        BadInput: a tensor is not float32 and contiguous on the CPU, sizes do not fit, or a trace is being recorded.
     """
     function = _function()
     if function is None:
         raise BadInput("the sparse kernel is not to be had on this machine; use another backend")
+    if native.traced():
+        raise BadInput("the sparse kernel would leave no trace of itself in a program")
     block = rows // (pointers.shape[0] - 1)
     for name, held in (("x", x), ("values", values), ("bias", bias)):
         if held is not None and not (held.dtype == torch.float32 and held.is_cpu and held.is_contiguous()):

@@ -74,6 +74,8 @@ def _set(model: nn.Module, name: str, new: nn.Module) -> None:
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
     """Put ``new`` in place of module ``name`` of ``model``, everywhere where that module is shared.
 
+    A module without children takes the mode, training or eval, of what it replaces; others keep their own.
+
     Example:
         >>> replace_module(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "1", nn.GELU())[1]
         GELU(approximate='none')
@@ -88,6 +90,8 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
     if not isinstance(new, nn.Module):
         raise BadInput(f"the replacement of {name!r} must be a module, got {type(new).__name__}")
     old = named[name]
+    if not new._modules:
+        new.training = old.training
     for module in list(model.modules()):
         for leaf, child in module._modules.items():
             if child is old:

@@ -1,0 +1,242 @@
+"""A model whose forward pass runs as compiled programs for the sizes that were asked for, and as Python otherwise.
+
+The model stays the module that it was: its parameters, its names, its training. Only what ``model(...)`` does in eval
+mode without gradients, on inputs of these sizes, is done by a program (:mod:`~torchgraft.engines.control_flow.fused`),
+or, where the path depends on the data, by a host over several (:class:`CompiledDynamic`).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import operator
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from torchgraft.bench.meters.forward import leaf_tensors, resting
+from torchgraft.bench.task import Inputs
+from torchgraft.engines.control_flow.compiled import CompiledDynamic, difference
+from torchgraft.engines.control_flow.fused import fused, traits
+from torchgraft.engines.control_flow.graphs import optimise
+from torchgraft.engines.control_flow.specialise import specialise
+from torchgraft.engines.native import traced
+from torchgraft.engines.surgery.edits import Edit
+from torchgraft.errors import BadInput
+
+__all__ = ["LEAST_OPERATORS", "Execution", "RunCompiled", "compiled_pass", "form_of"]
+
+#: Largest accepted difference of a program from Python, relative to the largest output: float32 sums in another order.
+TOLERANCE = 1e-4
+#: Fewer operators than this leave nothing to join.
+LEAST_OPERATORS = 4
+_logger = logging.getLogger("torchgraft")
+
+#: What a call is recognised by: names of keyword arguments (none where all are positional), shapes, dtypes.
+Form = tuple[tuple[str, ...], tuple[tuple[int, ...], ...], tuple[torch.dtype, ...]]
+
+
+def form_of(inputs: Inputs) -> Form:
+    """Return by what a call on ``inputs`` is recognised."""
+    names = tuple(inputs) if isinstance(inputs, Mapping) else ()
+    values = leaf_tensors(inputs)
+    return names, tuple(tuple(value.shape) for value in values), tuple(value.dtype for value in values)
+
+
+def _other(value: Tensor) -> Tensor:
+    """Return a valid input unlike ``value``: its entries in the opposite order."""
+    return value.flip(list(range(value.ndim)))
+
+
+def compiled_pass(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> Callable[..., Any]:
+    """Return a compiled forward pass of ``model`` for inputs like these, checked against Python on two inputs.
+
+    Args:
+        model: a network in eval mode on a CPU; its weights are copied.
+        args: positional arguments.
+        kwargs: keyword arguments, in place of positional ones.
+
+    Raises:
+        BadInput: it cannot be compiled, or the program's outputs are not those of the model.
+        Untraceable: it decides on its data in a way that cannot be compiled; file and line are named.
+    """
+    found = traits(model, args, kwargs)
+    if found.operators < LEAST_OPERATORS:
+        raise BadInput("there are no operators to join")
+    if found.draws or found.writes:
+        raise BadInput("it draws random numbers" if found.draws else "it changes its own buffers in eval mode")
+    run: Callable[..., Any]
+    if found.decides:
+        if kwargs:
+            raise BadInput("it decides on its data, and takes keyword arguments")
+        run = CompiledDynamic(model, args, optimise(specialise(model, args)), "fused")
+    else:
+        run = fused(model, args, kwargs)
+    turned = tuple(_other(value) for value in args), {name: _other(value) for name, value in kwargs.items()}
+    if all(torch.equal(value, _other(value)) for value in (*args, *kwargs.values())):
+        raise BadInput("these inputs are the same backwards, so that nothing shows that the program reads them")
+    with resting(model), torch.no_grad():
+        for given, named in ((args, kwargs), turned):
+            gap = difference(model(*given, **named), run(*given, **named))
+            if not gap <= TOLERANCE:
+                raise BadInput(f"the program's outputs differ from the model's by {gap:.2g}")
+    return run
+
+
+def _watched() -> bool:
+    """Say whether something looks at, or changes, what operators do: a mode, a trace, a transform, autocast."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or traced()
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch.is_autocast_enabled("cpu")
+    )
+
+
+class Execution:
+    """What stands for a model's ``forward``.
+
+    A program is made at the first call that it can serve, and anew once weights or modules have changed (seen by
+    identity and version; writing through ``.data`` is not seen). Python runs instead in training mode, with gradients,
+    on other sizes, dtypes and devices, under hooks, modes, transforms and traces, and where compiling
+    fails, which goes to the log once.
+
+    Args:
+        model: the model.
+        forms: the calls that programs are made for.
+    """
+
+    def __init__(self, model: nn.Module, forms: frozenset[Form]) -> None:
+        self.model, self.forms = model, forms
+        self._plain: Callable[..., Any] = types.MethodType(type(model).forward, model)
+        functools.update_wrapper(self, self._plain)
+        self.__code__ = type(model).forward.__code__  # torch.export names arguments by it
+        self._programs: dict[Form, Callable[..., Any] | None] = {}
+        # What the model was made of when the programs were made: dicts of parts, the parts, tensors, their versions.
+        self._held: list[dict[str, Any]] = []
+        self._parts: list[Any] = []
+        self._tensors: list[Tensor] = []
+        self._versions: list[int] = []
+        self._modules: list[nn.Module] = []
+        self._threads = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Execution:
+        return Execution(copy.deepcopy(self.model, memo), self.forms)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Execution, (self.model, self.forms)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the model does, by a program where there is one."""
+        program = None
+        if not torch.is_grad_enabled() and not _watched():
+            program = self._program(args, kwargs)
+        return self._plain(*args, **kwargs) if program is None else program(*args, **kwargs)
+
+    def compiled(self, inputs: Inputs) -> bool:
+        """Say whether a program exists for ``inputs``; one is made by a call in eval mode without gradients."""
+        return self._programs.get(form_of(inputs)) is not None
+
+    def _program(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
+        values = (*args, *kwargs.values())
+        if (args and kwargs) or not all(type(value) is Tensor and value.device.type == "cpu" for value in values):
+            return None
+        form = (
+            tuple(kwargs),
+            tuple(tuple(value.shape) for value in values),
+            tuple(value.dtype for value in values),
+        )
+        if form not in self.forms:
+            return None
+        if not self._same():
+            known = bool(self._held)
+            self._programs.clear()
+            self._read()
+            if known:  # what keeps changing is not compiled at every call
+                return None
+        if any(module.training or module._forward_hooks or module._forward_pre_hooks for module in self._modules):
+            return None
+        if form not in self._programs:
+            self._programs[form] = None  # while it is being made, Python runs
+            self._programs[form] = self._compiled(args, kwargs)
+        return self._programs[form]
+
+    def _compiled(self, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Callable[..., Any] | None:
+        try:
+            return compiled_pass(self.model, args, kwargs)
+        except BadInput as error:
+            _logger.info("%s runs as Python: %s", type(self.model).__name__, error)
+            return None
+
+    def _read(self) -> None:
+        """Note what the model is made of, and the state of its weights."""
+        self._modules = list(self.model.modules())
+        self._held = [
+            held for module in self._modules for held in (module._modules, module._parameters, module._buffers)
+        ]
+        self._parts = [part for held in self._held for part in held.values()]
+        self._tensors = [part for part in self._parts if isinstance(part, Tensor) and not part.is_inference()]
+        self._versions = [tensor._version for tensor in self._tensors]
+        self._threads = torch.get_num_threads()
+
+    def _same(self) -> bool:
+        """Say whether the model is made of what it was, in the state that it was in."""
+        parts = [part for held in self._held for part in held.values()]
+        return (
+            bool(self._held)
+            and len(parts) == len(self._parts)
+            and all(map(operator.is_, parts, self._parts))
+            and [tensor._version for tensor in self._tensors] == self._versions
+            and self._threads == torch.get_num_threads()
+        )
+
+
+class RunCompiled(Edit):
+    """Run a model's forward pass as a compiled program on inputs of given sizes; weights and names stay.
+
+    Args:
+        names: names of the keyword arguments; none where all are positional.
+        sizes: shape of each argument.
+        kinds: dtype of each argument, such as ``"float32"``.
+    """
+
+    op: ClassVar[str] = "run-compiled"
+    names: tuple[str, ...] = ()
+    sizes: tuple[tuple[int, ...], ...]
+    kinds: tuple[str, ...]
+
+    @model_validator(mode="after")
+    def _fits(self) -> RunCompiled:
+        if not len(self.sizes) == len(self.kinds) or (self.names and len(self.names) != len(self.sizes)):
+            raise ValueError("names, sizes and kinds must be one an argument")
+        for kind in self.kinds:
+            if not isinstance(getattr(torch, kind, None), torch.dtype):
+                raise ValueError(f"{kind!r} is no dtype")
+        return self
+
+    @classmethod
+    def on(cls, inputs: Inputs) -> RunCompiled:
+        """Return the edit for inputs like these."""
+        names, sizes, kinds = form_of(inputs)
+        return cls(names=names, sizes=sizes, kinds=tuple(str(kind).removeprefix("torch.") for kind in kinds))
+
+    def rewrite(self, model: nn.Module) -> nn.Module:
+        """Put an :class:`Execution` in the place of the model's forward."""
+        form: Form = self.names, self.sizes, tuple(getattr(torch, kind) for kind in self.kinds)
+        standing = model.__dict__.get("forward")
+        if standing is not None and not isinstance(standing, Execution):
+            raise BadInput("run-compiled: something else stands for the model's forward")
+        forms = standing.forms if standing is not None else frozenset()
+        model.__dict__["forward"] = Execution(model, forms | {form})
+        return model
+
+    def describe(self) -> dict[str, str]:
+        """Say for which inputs."""
+        sizes = ", ".join("x".join(map(str, size)) for size in self.sizes)
+        return {"(model)": f"one compiled program for inputs of {sizes}"}
