@@ -11,7 +11,13 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from torchgraft.elastic.dycl_compile import CompiledDynamic, compile_dynamic, load_host
+from torchgraft.bench.task import Task
+from torchgraft.contracts.subjects import Case, case
+from torchgraft.elastic import dycl_compile
+from torchgraft.elastic.dycl_compile import CompiledDynamic, CompiledPasses, compile_dynamic, load_host
+from torchgraft.engines.control_flow.compiled import difference
+from torchgraft.engines.control_flow.execution import RunCompiled
+from torchgraft.engines.surgery.edits import history
 from torchgraft.errors import BadInput
 
 
@@ -208,7 +214,7 @@ def test_blocks_that_are_alike_are_one_subgraph() -> None:
     assert len(compiled.subgraphs) == len(set(nets)) <= len(nets)
 
 
-@pytest.mark.parametrize("backend", ["trace", "export"])
+@pytest.mark.parametrize("backend", ["trace", "export", "fused"])
 def test_other_compilers_agree(backend: Any) -> None:
     model, inputs, _ = _net("skip")
     model.blocks = model.blocks[:2]  # type: ignore[index]
@@ -266,3 +272,114 @@ def test_bad_input() -> None:
         compile_dynamic(model.eval(), inputs[0], limit=1)
     with pytest.raises(BadInput, match="tuple of tensors"):
         compile_dynamic(model, (1,))  # type: ignore[arg-type]
+
+
+# As a lever of fit
+
+
+def _task(model: nn.Module, x: Tensor) -> Task:
+    data = x, torch.zeros(len(x), dtype=torch.long)
+    return Task(model, data, data, data, nn.functional.cross_entropy, lambda out, target: out[:, 0])
+
+
+@pytest.mark.parametrize("name", ["cnn", "transformer"])
+def test_the_program_of_a_check_model_gives_pythons_outputs(name: str) -> None:
+    tiny: Case = case(name)
+    procedure = CompiledPasses()
+    (site,) = procedure.applies_to(tiny.model, tiny.task)
+    assert (site.name, site.kind) == ("(model)", "operators")
+    made = procedure.apply(tiny.model, tiny.task, 0.3)
+    assert history(made) == (RunCompiled.on(tiny.task.example),)
+    with torch.no_grad():
+        for _ in range(3):
+            x = torch.randn_like(tiny.task.example)  # type: ignore[arg-type]
+            assert difference(tiny.model(x), made(x)) < 1e-5
+    assert made.__dict__["forward"].compiled(tiny.task.example)
+    assert procedure.applies_to(made, tiny.task) == []  # once is enough
+
+
+def test_it_does_nothing_where_latency_does_not_count() -> None:
+    tiny = case("cnn")
+    procedure = CompiledPasses().for_costs(("size", "macs"))
+    assert procedure.applies_to(tiny.model, tiny.task) == []
+    (refusal,) = procedure.refusals(tiny.model, tiny.task)
+    assert "latency" in refusal.reason
+
+
+@pytest.mark.parametrize(("ratio", "sites"), [(0.98, 1), (1.02, 0)])
+def test_in_fit_it_is_timed_once_and_left_where_python_is_quicker(
+    ratio: float, sites: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny, asked = case("cnn"), []
+
+    def told(models: Any, example: Any, *, rounds: int) -> np.ndarray:
+        asked.append(rounds)
+        assert models[1].__dict__["forward"].compiled(example)
+        return np.tile([1.0, ratio], (rounds, 1))
+
+    monkeypatch.setattr(dycl_compile, "interleaved", told)
+    procedure = CompiledPasses().for_costs(("latency", "size"))
+    for _ in range(2):
+        assert len(procedure.applies_to(tiny.model, tiny.task)) == sites
+    assert len(asked) == 1
+    assert [f"{ratio:.2f} of the time" in r.reason for r in procedure.refusals(tiny.model, tiny.task)] == [True] * (
+        1 - sites
+    )
+
+
+class _Draws(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.inner(x) + torch.rand(4)).relu() * 2
+
+
+class _Indexes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.parts[int(x.sum() > 0)](x).relu() * 2
+
+
+def test_what_cannot_be_compiled_is_refused_with_the_reason_and_the_line() -> None:
+    x = torch.randn(6, 4)
+    for model, why, has_line in ((_Draws(), "random", False), (_Indexes(), "picks from", True)):
+        procedure = CompiledPasses()
+        assert procedure.applies_to(model.eval(), _task(model, x)) == []
+        (refusal,) = procedure.refusals(model, _task(model, x))
+        assert why in refusal.reason
+        assert (refusal.line is not None) == has_line
+        with pytest.raises(BadInput, match="dycl-compile finds nothing"):
+            procedure.apply(model, _task(model, x), 1.0)
+
+
+def test_a_failing_program_is_no_site_in_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = case("cnn")
+    monkeypatch.setattr("torchgraft.engines.control_flow.execution.TOLERANCE", -1.0)
+    procedure = CompiledPasses(timed=True)
+    assert procedure.applies_to(tiny.model, tiny.task) == []
+    assert "cannot be compiled" in procedure.refusals(tiny.model, tiny.task)[0].reason
+
+
+def test_an_early_exit_network_is_a_site_and_keeps_its_decisions() -> None:
+    model, inputs, _ = _net("exit")
+    task = _task(model, torch.cat([each[0] for each in inputs[:8]]))
+    task.batch_size = 1
+    assert isinstance(task.example, Tensor)
+    assert task.example.shape == inputs[0][0].shape
+    procedure = CompiledPasses()
+    assert len(procedure.applies_to(model, task)) == 1
+    made, places = procedure.apply(model, task, 1.0), set()
+    with torch.no_grad():
+        for (x,) in inputs[:60]:
+            expected, place = model(x)
+            found, number = made(x)
+            places.add(place)
+            assert number == place
+            assert difference(expected, found) < 1e-5
+    assert len(places) > 1
+    assert made.__dict__["forward"].compiled(task.example)

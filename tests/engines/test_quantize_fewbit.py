@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torchgraft.bench.files import pack_tensors, size_of_tensors, unpack_tensors
 from torchgraft.bench.meters import params
 from torchgraft.engines.quantize import additive, integers, l1_norms
 from torchgraft.engines.quantize.fewbit import (
+    HALF,
     FewBit,
     PowerQuantizer,
     bend,
@@ -29,11 +31,13 @@ from torchgraft.engines.quantize.fewbit import (
     power_values,
     set_codes,
     stochastic_round,
+    storable_halves,
     storable_layers,
     storable_values,
 )
 from torchgraft.engines.surgery.edits import apply_edits, edit_from_record, edit_to_record, history
 from torchgraft.errors import BadInput
+from torchgraft.shrink.quantize.nupes_power_quant import with_halves
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -223,6 +227,95 @@ def test_two_parameters_of_one_module_and_what_must_keep_its_own() -> None:
     assert storable_values(nn.LazyLinear(300)) == []
     weighted = nn.utils.parametrizations.weight_norm(nn.Linear(16, 32))
     assert storable_values(weighted) == []
+
+
+def _block() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 5)).eval()
+
+
+def _halved(model: nn.Module, **changes: Any) -> nn.Module:
+    bits = {"0": 4, "3": 3, "0.bias": HALF, "1.weight": HALF, "1.bias": HALF, **changes}
+    return apply_edits(model, [FewBit(bits=bits, scales="float16")])
+
+
+def test_scales_biases_and_norms_in_half_precision_by_hand() -> None:
+    model = _block()
+    with torch.no_grad():
+        for value in (model[0].bias, model[1].weight, model[1].bias):
+            value.copy_(torch.randn(32))
+    assert storable_halves(model) == ["0.bias", "1.weight", "1.bias"]
+    assert storable_halves(model, least=1, ignore=["1"]) == ["0.bias", "3.bias"]
+    made = _halved(model)
+    x = torch.randn(7, 20)
+
+    def rounded(value: Tensor) -> Tensor:
+        return value.detach().to(torch.float16).to(torch.float32)
+
+    weights = []
+    for layer, bits in ((model[0], 4), (model[3], 3)):
+        scale = rounded(layer.weight.detach().abs().amax(1, keepdim=True))
+        n = 2 ** (bits - 1) - 1
+        weights.append((n * layer.weight.detach() / scale).round().clamp(-n, n) / n * scale)
+    y = F.layer_norm(F.linear(x, weights[0], rounded(model[0].bias)), (32,), rounded(model[1].weight), None)
+    expected = F.linear(F.gelu(y + rounded(model[1].bias)), weights[1], model[3].bias)
+    with torch.no_grad():
+        assert torch.allclose(made(x), expected, atol=1e-5)
+        assert torch.equal(made[1].bias, rounded(model[1].bias))
+    assert list(code_layers(made)) == ["0", "3"]  # a norm in half precision has no codes
+    assert params(made) == params(model)
+    plain = apply_edits(model, [FewBit(bits={"0": 4, "3": 3})])
+    saved = 2 * (32 + 32 + 32) + 2 * (32 + 5)  # vectors and scales, two bytes each
+    names = len("_half") * 3
+    assert abs(size_of_tensors(plain.state_dict()) - size_of_tensors(made.state_dict()) - saved) <= names + 16
+
+
+def test_what_is_stored_in_half_precision_follows_conversions_copies_and_files() -> None:
+    model, x = _block(), torch.randn(3, 20)
+    made = _halved(model)
+    with torch.no_grad():
+        expected = made(x)
+        wide = copy.deepcopy(made).double()
+        assert wide[1].weight.dtype == wide[0].weight.dtype == torch.float64
+        assert torch.allclose(wide(x.double()), expected.double(), atol=1e-5)
+        assert torch.equal(wide[1].weight_half, made[1].weight_half)  # bits are left alone
+        narrow = copy.deepcopy(made).bfloat16()
+        assert narrow(x.bfloat16()).dtype == torch.bfloat16
+        assert torch.equal(narrow.float()[0].bias, made[0].bias)  # and back without a loss
+        again = apply_edits(_block(), [edit_from_record(edit_to_record(edit)) for edit in history(made)])
+        again.load_state_dict(made.state_dict())
+        assert torch.equal(again(x), expected)
+        made[1].weight_half.zero_()
+        assert not torch.equal(made(x), expected)
+    assert not [name for name in made.state_dict() if name.endswith("_kind")]
+
+
+def test_what_half_precision_cannot_hold_is_refused() -> None:
+    model = _block()
+    with torch.no_grad():
+        model[1].bias[3] = 1e6
+    with pytest.raises(BadInput, match=r"'1\.bias' holds values beyond"):
+        _halved(model)
+    with pytest.raises(BadInput, match=r"half precision at '9\.bias'"):
+        _halved(_block(), **{"9.bias": HALF})
+    with torch.no_grad():
+        model[0].weight[0, 0] = 1e6
+    with pytest.raises(BadInput, match="scales of '0' lie beyond"):
+        apply_edits(model, [FewBit(bits={"0": 4}, scales="float16")])
+    with pytest.raises(BadInput, match="2 to 8 bits, got 9"):
+        apply_edits(model, [FewBit(bits={"0": 9})])
+
+
+def test_nupes_stores_in_half_precision_what_that_holds() -> None:
+    model = _block()
+    edit = with_halves(FewBit(bits={"0": 4, "3": 4}), model)
+    assert edit.scales == "float16"
+    assert [name for name, bits in edit.bits.items() if bits == HALF] == ["0.bias", "1.weight", "1.bias"]
+    with torch.no_grad():
+        model[1].bias[3], model[3].weight[2] = 1e6, 1e-6 * torch.randn(32)
+    edit = with_halves(FewBit(bits={"0": 4, "3": 4}), model)
+    assert edit.scales == "float32"  # a scale of 1e-6 would lose a tenth of itself
+    assert [name for name, bits in edit.bits.items() if bits == HALF] == ["0.bias", "1.weight"]
 
 
 def test_edits_and_files_bring_the_same_layer_back() -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import logging
 import operator
 import types
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from pydantic import model_validator
@@ -118,13 +119,7 @@ class Execution:
         functools.update_wrapper(self, self._plain)
         self.__code__ = type(model).forward.__code__  # torch.export names arguments by it
         self._programs: dict[Form, Callable[..., Any] | None] = {}
-        # What the model was made of when the programs were made: dicts of parts, the parts, tensors, their versions.
-        self._held: list[dict[str, Any]] = []
-        self._parts: list[Any] = []
-        self._tensors: list[Tensor] = []
-        self._versions: list[int] = []
-        self._modules: list[nn.Module] = []
-        self._threads = 0
+        self._made_of: _MadeOf | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Execution:
         return Execution(copy.deepcopy(self.model, memo), self.forms)
@@ -144,23 +139,19 @@ class Execution:
         return self._programs.get(form_of(inputs)) is not None
 
     def _program(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
-        values = (*args, *kwargs.values())
-        if (args and kwargs) or not all(type(value) is Tensor and value.device.type == "cpu" for value in values):
+        values = (*args, *kwargs.values()) if kwargs else args
+        if (args and kwargs) or not all(type(value) is Tensor and value.is_cpu for value in values):
             return None
-        form = (
-            tuple(kwargs),
-            tuple(tuple(value.shape) for value in values),
-            tuple(value.dtype for value in values),
-        )
+        form = tuple(kwargs), tuple(value.shape for value in values), tuple(value.dtype for value in values)
         if form not in self.forms:
             return None
-        if not self._same():
-            known = bool(self._held)
+        known = self._made_of
+        if known is None or not known.still():
             self._programs.clear()
-            self._read()
-            if known:  # what keeps changing is not compiled at every call
+            self._made_of = _MadeOf(self.model)
+            if known is not None:  # what keeps changing is not compiled at every call
                 return None
-        if any(module.training or module._forward_hooks or module._forward_pre_hooks for module in self._modules):
+        if self._made_of is None or self._made_of.busy():
             return None
         if form not in self._programs:
             self._programs[form] = None  # while it is being made, Python runs
@@ -174,27 +165,38 @@ class Execution:
             _logger.info("%s runs as Python: %s", type(self.model).__name__, error)
             return None
 
-    def _read(self) -> None:
-        """Note what the model is made of, and the state of its weights."""
-        self._modules = list(self.model.modules())
-        self._held = [
-            held for module in self._modules for held in (module._modules, module._parameters, module._buffers)
-        ]
+
+class _MadeOf:
+    """What a model was made of, and the state of its weights; asked at every call, so that it touches little memory."""
+
+    __slots__ = ("_held", "_hooks", "_modules", "_parts", "_tensors", "_threads", "_versions")
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = list(model.modules())
+        parts = ((m._modules, m._parameters, m._buffers) for m in self._modules)
+        self._held: list[dict[str, Any]] = [cast(dict[str, Any], held) for three in parts for held in three]
         self._parts = [part for held in self._held for part in held.values()]
         self._tensors = [part for part in self._parts if isinstance(part, Tensor) and not part.is_inference()]
-        self._versions = [tensor._version for tensor in self._tensors]
+        self._versions = list(map(_version, self._tensors))
+        self._hooks = [hooks for m in self._modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._threads = torch.get_num_threads()
 
-    def _same(self) -> bool:
-        """Say whether the model is made of what it was, in the state that it was in."""
-        parts = [part for held in self._held for part in held.values()]
+    def still(self) -> bool:
+        """Say whether the model is made of the same modules and tensors, in the state that they were in."""
+        parts = list(itertools.chain.from_iterable(map(_values, self._held)))
         return (
-            bool(self._held)
-            and len(parts) == len(self._parts)
+            len(parts) == len(self._parts)
             and all(map(operator.is_, parts, self._parts))
-            and [tensor._version for tensor in self._tensors] == self._versions
+            and list(map(_version, self._tensors)) == self._versions
             and self._threads == torch.get_num_threads()
         )
+
+    def busy(self) -> bool:
+        """Say whether a module trains or has hooks."""
+        return any(self._hooks) or any(map(_training, self._modules))
+
+
+_version, _training, _values = operator.attrgetter("_version"), operator.attrgetter("training"), dict.values
 
 
 class RunCompiled(Edit):

@@ -2,8 +2,9 @@
 
 With n = 2^(b-1) - 1 and m the largest magnitude of an output channel (or of the tensor), a weight w has the code
 Q = round(n sign(w) |w/m|^a) in [-n, n] and stands for m sign(Q) |Q/n|^(1/a); a = 1 is the uniform grid. The codes are
-stored b bits each; a stands in the recipe. Before a layer runs its weight is put together again as floats, once, and
-kept: the file is small and nothing gets faster.
+stored b bits each; a stands in the recipe. Scales, and what takes no codes (biases, norms), may be stored in half
+precision, 16 bits. Before a layer runs its weight is put together again as floats, once, and kept: the file is small
+and nothing gets faster.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torchgraft.engines.surgery.edits import Edit
 from torchgraft.errors import BadInput, nearest
 
 __all__ = [
+    "HALF",
     "FewBit",
     "Granularity",
     "PowerQuantizer",
@@ -35,6 +37,7 @@ __all__ = [
     "codes_of",
     "exponent_of",
     "grid",
+    "holds_as_half",
     "largest_code",
     "magnitudes",
     "power_codes",
@@ -42,6 +45,7 @@ __all__ = [
     "set_codes",
     "soft_round",
     "stochastic_round",
+    "storable_halves",
     "storable_layers",
     "storable_values",
     "value_axis",
@@ -53,6 +57,8 @@ Granularity: TypeAlias = Literal["channel", "tensor"]
 #: Below this a 2nd-to-smallest level of 8 bits would leave float32.
 LEAST_EXPONENT = 0.1
 _LEAST, _MOST = 2, 8
+#: The bits of a parameter that is stored as half-precision floats.
+HALF = 16
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -208,15 +214,44 @@ def _layout(layer: nn.Module) -> _Layout:
 
 def _dense(module: Any, name: str) -> Tensor:
     layout: _Layout = module.__dict__["_few_bit"][name]
-    codes, scale = module._buffers[f"{name}_codes"], module._buffers[f"{name}_scale"]
+    held, kind = module._buffers, module._buffers.get(f"{name}_kind")
+    if layout.bits == HALF:
+        halves = held[f"{name}_half"]
+        return layout.whole.value((halves, kind), lambda: _from_half(halves, kind))
+    codes, stored = held[f"{name}_codes"], held[f"{name}_scale"]
 
     def make() -> Tensor:
+        scale = stored if kind is None else _from_half(stored, kind)
         n = largest_code(layout.bits)
         whole = unpack(codes, layout.bits, layout.shape.numel()).long().clamp(max=2 * n)
         value: Tensor = grid(layout.bits, layout.exponent).to(scale)[whole].reshape(layout.shape) * scale
         return value
 
-    return layout.whole.value((codes, scale), make)
+    return layout.whole.value((codes, stored) if kind is None else (codes, stored, kind), make)
+
+
+def holds_as_half(value: Tensor, *, relative: bool = False) -> bool:
+    """Say whether no entry of ``value`` leaves half precision; ``relative``: nor loses more than 1/2000 of itself.
+
+    Example:
+        >>> small = torch.tensor([1e-6, 1.0])
+        >>> holds_as_half(small), holds_as_half(small, relative=True), holds_as_half(1e5 * small)
+        (True, False, False)
+    """
+    about = torch.finfo(torch.float16)
+    size = value.detach().abs()
+    low = (size == 0) | (size >= about.tiny) if relative else torch.ones_like(size, dtype=torch.bool)
+    return bool((low & (size <= about.max)).all())
+
+
+def _to_half(value: Tensor) -> Tensor:
+    """Return the bits of ``value`` in half precision, as integers, which conversions of a model leave alone."""
+    return value.detach().to(torch.float16).view(torch.int16)
+
+
+def _from_half(bits: Tensor, kind: Tensor) -> Tensor:
+    """Return what ``bits`` stand for, in the dtype of ``kind``."""
+    return bits.view(torch.float16).to(kind.dtype)
 
 
 @functools.cache
@@ -317,6 +352,34 @@ def storable_values(model: nn.Module, *, ignore: Sequence[str] = (), least: int 
     return sorted(found, key=order.index)
 
 
+def storable_halves(model: nn.Module, *, ignore: Sequence[str] = (), least: int = 16) -> list[str]:
+    """Return the parameters that take no codes and can be stored in half precision, by name: biases, norms, tokens.
+
+    Args:
+        model: any module.
+        ignore: globs of modules or parameters that stay as they are.
+        least: smaller ones would not shrink, for what a name adds.
+
+    Example:
+        >>> storable_halves(nn.Sequential(nn.Linear(2, 32), nn.LayerNorm(32)))
+        ['0.bias', '1.weight', '1.bias']
+    """
+    coded = {id(model.get_submodule(name)._parameters["weight"]) for name in storable_layers(model)}
+    coded |= {id(model.get_parameter(name)) for name in storable_values(model)}
+    found = []
+    for key, holders in _holders(model).items():
+        names = [f"{prefix}.{part}" if prefix else part for prefix, _, part in holders]
+        value = cast(nn.Parameter, holders[0][1]._parameters[holders[0][2]])
+        if key in coded or any(_needs_its_own(module) for _, module, _ in holders):
+            continue
+        if is_lazy(value) or value.dtype not in (torch.float32, torch.float64) or value.numel() < least:
+            continue
+        if not any(ignored(name, ignore) for name in names):
+            found.append(names[0])
+    order = [name for name, _ in model.named_parameters()]
+    return sorted(found, key=order.index)
+
+
 def _needs_its_own(module: nn.Module) -> bool:
     """Say whether ``module`` keeps references to its parameters, writes into them, lists them, or packs them itself."""
     if isinstance(module, nn.Embedding):
@@ -327,7 +390,12 @@ def _needs_its_own(module: nn.Module) -> bool:
 
 def code_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the layers of ``model`` whose weight is read from packed codes, by name."""
-    return {name: module for name, module in model.named_modules() if "weight" in module.__dict__.get("_few_bit", {})}
+    found = {}
+    for name, module in model.named_modules():
+        layout: _Layout | None = module.__dict__.get("_few_bit", {}).get("weight")
+        if layout is not None and layout.bits != HALF:
+            found[name] = module
+    return found
 
 
 def codes_of(layer: nn.Module) -> Tensor:
@@ -367,22 +435,34 @@ class FewBit(Edit):
     """Store weights as packed codes of a bent grid; they are executed as floats.
 
     Args:
-        bits: name of a layer, whose weight is meant, or of another parameter -> bits a code, 2 to 8.
+        bits: name of a layer, whose weight is meant, or of another parameter -> bits a code, 2 to 8; 16 for half
+            precision.
         exponents: the same names -> a; 1 (the uniform grid) where none is given.
         granularity: which weights share a scale.
+        scales: how scales are stored. Half precision moves a weight by 1/2000 at most; codes are of what is stored.
     """
 
     op: ClassVar[str] = "few-bit"
     bits: dict[str, int] = Field(min_length=1)
     exponents: dict[str, float] = Field(default_factory=dict)
     granularity: Granularity = "channel"
+    scales: Literal["float32", "float16"] = "float32"
 
     def rewrite(self, model: nn.Module) -> nn.Module:
-        """Replace each weight by the codes of its nearest levels, in place."""
+        """Replace each weight by the codes of its nearest levels, in place.
+
+        Raises:
+            BadInput: a name is that of nothing that can be stored so, or its values lie beyond half precision.
+        """
         layers, values = storable_layers(model), storable_values(model, least=1)
+        halves = storable_halves(model, least=1) if HALF in self.bits.values() else []
         named, shared = dict(model.named_modules()), _holders(model)
         for name, bits in self.bits.items():
-            if name in layers:
+            if bits == HALF and name in halves:
+                value, axis = cast(Tensor, model.get_parameter(name)), 0
+            elif bits == HALF:
+                raise BadInput(f"few-bit finds nothing to store in half precision at {name!r}{nearest(name, halves)}")
+            elif name in layers:
                 value = cast(Tensor, named[name]._parameters["weight"])
                 axis = channel_axis(named[name])
             elif name in values:
@@ -398,22 +478,39 @@ class FewBit(Edit):
         self, value: Tensor, axis: int, holders: Sequence[tuple[nn.Module, str]], name: str, bits: int
     ) -> None:
         weight, exponent = value.detach(), check_exponent(self.exponents.get(name, 1.0))
-        scale = magnitudes(weight, self.granularity, axis=axis)
-        codes = pack(power_codes(weight, scale, bits=bits, exponent=exponent) + largest_code(bits), bits)
-        layout = _Layout(bits, weight.shape, exponent)
+        layout, kind = _Layout(bits, weight.shape, exponent), weight.new_empty(0)
+        if bits == HALF:
+            if not holds_as_half(weight):
+                raise BadInput(f"few-bit: {name!r} holds values beyond half precision")
+            stored = {"half": _to_half(weight)}
+        else:
+            scale = magnitudes(weight, self.granularity, axis=axis)
+            stored = {"scale": scale}
+            if self.scales == "float16":
+                if not holds_as_half(scale):
+                    raise BadInput(f"few-bit: the scales of {name!r} lie beyond half precision")
+                stored["scale"] = _to_half(scale)
+                scale = _from_half(stored["scale"], kind)
+            codes = power_codes(weight, scale, bits=bits, exponent=exponent)
+            stored = {"codes": pack(codes + largest_code(bits), bits), **stored}
         for module, part in holders:
             del module._parameters[part]
             base: type[nn.Module] = getattr(type(module), "few_bit_from", type(module))
             held = {**module.__dict__.get("_few_bit", {}), part: layout}
             module.__class__ = _class_of(base, tuple(held))  # type: ignore[arg-type]  # classes do hash
             module.__dict__["_few_bit"] = held
-            module.register_buffer(f"{part}_codes", codes)
-            module.register_buffer(f"{part}_scale", scale)
+            for what, data in stored.items():
+                module.register_buffer(f"{part}_{what}", data)
+            if bits == HALF or self.scales == "float16":
+                # Follows conversions of the model, which leave bits alone.
+                module.register_buffer(f"{part}_kind", kind, persistent=False)
 
     def describe(self) -> dict[str, str]:
         """Say in how many bits each weight is stored."""
         words = {name: f"exponent {self.exponents.get(name, 1.0):.3g}" for name in self.bits}
         return {
-            name: f"weights stored in {bits} bits ({words[name]}, a scale a {self.granularity}), executed as floats"
+            name: "stored in half precision"
+            if bits == HALF
+            else f"weights stored in {bits} bits ({words[name]}, a scale a {self.granularity}), executed as floats"
             for name, bits in self.bits.items()
         }

@@ -11,7 +11,7 @@ product. Sums do not survive: the weights are stored in b bits and executed as f
 Departures: weights only, activations stay float. The paper's relaxation of the integer weights could not be read: here
 a real code travels over the whole grid through a staircase that is annealed from the identity to rounding, ever more
 drawn to whole numbers, and a layer that does not gain on the calibration samples keeps its rounded codes. Exponents lie
-in [0.1, 1].
+in [0.1, 1]. Scales and what takes no codes (biases, norms) are stored in half precision, a third of a small file.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torchgraft.catalogue import Card
 from torchgraft.catalogue.card import Claim
 from torchgraft.engines.procedure import Procedure, Site, check_strength
 from torchgraft.engines.quantize.fewbit import (
+    HALF,
     LEAST_EXPONENT,
     FewBit,
     Granularity,
@@ -36,12 +37,14 @@ from torchgraft.engines.quantize.fewbit import (
     bend,
     channel_axis,
     check_exponent,
+    holds_as_half,
     largest_code,
     magnitudes,
     power_codes,
     power_values,
     set_codes,
     soft_round,
+    storable_halves,
     storable_layers,
     storable_values,
     value_axis,
@@ -141,6 +144,27 @@ def search_exponent(
     return min(1.0, max(LEAST_EXPONENT, float(found.x[0])))
 
 
+def with_halves(edit: FewBit, model: nn.Module, *, ignore: Sequence[str] = ()) -> FewBit:
+    """Return ``edit`` with scales, and what takes no codes, in half precision where that holds them."""
+    rest = [name for name in storable_halves(model, ignore=ignore) if holds_as_half(model.get_parameter(name))]
+    scales = [
+        magnitudes(value, edit.granularity, axis=axis)
+        for value, axis in (_coded(model, name) for name, bits in edit.bits.items() if bits != HALF)
+    ]
+    half = all(holds_as_half(scale, relative=True) for scale in scales)
+    bits = {**edit.bits, **dict.fromkeys(rest, HALF)}
+    return edit.model_copy(update={"bits": bits, "scales": "float16" if half else "float32"})
+
+
+def _coded(model: nn.Module, name: str) -> tuple[Tensor, int]:
+    """Return the parameter that a name in an edit means, and the axis of its channels."""
+    parts = dict(model.named_parameters(remove_duplicate=False))
+    if name in parts:
+        return parts[name], value_axis(parts[name])
+    layer = model.get_submodule(name)
+    return layer.get_parameter("weight"), channel_axis(layer)
+
+
 def _halfness(codes: Tensor, power: float) -> Tensor:
     """Return how far codes are from whole numbers: 0 there, 1 half-way; at a high power only the nearest are drawn."""
     return 1 - (2 * (codes - codes.floor()) - 1).abs().pow(power).mean()
@@ -158,6 +182,7 @@ def nupes_refine(
     lr: float = 0.03,
     batch_size: int = 32,
     granularity: Granularity = "channel",
+    halves: bool = False,
     ignore: Sequence[str] = (),
     seed: int = 0,
 ) -> nn.Module:
@@ -176,6 +201,7 @@ def nupes_refine(
         lr: in units of a code; exponents have a tenth of it.
         batch_size: samples a step.
         granularity: which weights share a scale.
+        halves: whether scales and what takes no codes are stored in half precision.
         ignore: globs of modules that stay as they are.
         seed: of the order of the samples.
 
@@ -207,7 +233,8 @@ def nupes_refine(
             module.training = training
     exponents = {name: found[name][1] if name in found else a for name in [*names, *values]}
     widths = dict.fromkeys(exponents, bits)
-    made = apply_edits(model, [FewBit(bits=widths, exponents=exponents, granularity=granularity)])
+    edit = FewBit(bits=widths, exponents=exponents, granularity=granularity)
+    made = apply_edits(model, [with_halves(edit, model, ignore=ignore) if halves else edit])
     for name, (codes, own) in found.items():
         set_codes(made.get_submodule(name), codes, own)
     return made
@@ -290,6 +317,7 @@ class Nupes(Procedure):
         learn_exponent: whether refinement moves the exponents.
         least_bits: bits at strength 1.
         granularity: which weights share a scale.
+        halves: whether scales and what takes no codes are stored in half precision.
     """
 
     card: ClassVar[Card] = CARD
@@ -304,6 +332,7 @@ class Nupes(Procedure):
         learn_exponent: bool = True,
         least_bits: int = 3,
         granularity: Granularity = "channel",
+        halves: bool = True,
     ) -> None:
         if steps < 0 or samples < 1:
             raise BadInput(f"steps must not be negative and samples at least 1, got {steps} and {samples}")
@@ -313,7 +342,7 @@ class Nupes(Procedure):
         if granularity not in ("channel", "tensor"):
             raise BadInput(f"granularity must be 'channel' or 'tensor', got {granularity!r}")
         self.steps, self.samples, self.exponent, self.learn_exponent = steps, samples, exponent, learn_exponent
-        self.least_bits, self.granularity = least_bits, granularity
+        self.least_bits, self.granularity, self.halves = least_bits, granularity, halves
 
     def applies_to(self, model: nn.Module, task: Task, *, ignore: Sequence[str] = ()) -> list[Site]:
         """Return the layers and other parameters that can be stored as codes. See :class:`Procedure`."""
@@ -336,7 +365,8 @@ class Nupes(Procedure):
         if a is None:
             a = search_exponent(model, bits, granularity=self.granularity, ignore=ignore)
         exponents = dict.fromkeys(names, round(a, 6))
-        return [FewBit(bits=dict.fromkeys(names, bits), exponents=exponents, granularity=self.granularity)]
+        edit = FewBit(bits=dict.fromkeys(names, bits), exponents=exponents, granularity=self.granularity)
+        return [with_halves(edit, model, ignore=ignore) if self.halves else edit]
 
     def apply(
         self, model: nn.Module, task: Task, strength: float, *, ignore: Sequence[str] = (), seed: int = 0
@@ -352,6 +382,7 @@ class Nupes(Procedure):
             learn_exponent=self.learn_exponent,
             steps=self.steps,
             granularity=self.granularity,
+            halves=self.halves,
             ignore=ignore,
             seed=seed,
         )
