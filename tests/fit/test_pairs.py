@@ -7,6 +7,7 @@ import itertools
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from torchgraft.bench.meters import measure
@@ -14,6 +15,7 @@ from torchgraft.catalogue import registry
 from torchgraft.contracts.sameness import same_output
 from torchgraft.contracts.subjects import Case, case, output, settings
 from torchgraft.engines import recipe
+from torchgraft.engines.control_flow.compiled import difference
 from torchgraft.engines.control_flow.execution import RunCompiled
 from torchgraft.engines.procedure import Procedure
 from torchgraft.engines.surgery.edits import apply_edits, history
@@ -110,3 +112,18 @@ def test_hardly_any_pair_is_empty() -> None:
     """On one of the two models at least, nearly every procedure finds something to do."""
     idle = [key for key in KEYS if all(_first(key, name) is None for name in ("cnn", "transformer"))]
     assert len(idle) <= len(KEYS) // 5, idle
+
+
+@pytest.mark.parametrize("name", ["cnn", "transformer"])
+@pytest.mark.parametrize("key", KEYS)
+def test_what_a_procedure_makes_can_be_compiled(key: str, name: str) -> None:
+    if registry.lookup(key).stage in ("weights", "execution"):
+        pytest.skip("sparse kernels run as Python, by measurement of the machine")
+    tiny, model = _case(name), _first(key, name)
+    if model is None:
+        pytest.skip("it finds nothing to do there")
+    both = _procedure("dycl-compile").apply(_ended(key, model, tiny), tiny.task, 1.0)
+    with torch.no_grad():
+        found = both(tiny.task.example)
+    assert both.__dict__["forward"].compiled(tiny.task.example)
+    assert difference(output(_ended(key, model, tiny), tiny.task.example), found) < 1e-4

@@ -6,11 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+import torchgraft
 from torchgraft.bench.tasks import load_task
+from torchgraft.contracts.subjects import case
+from torchgraft.engines.control_flow import execution
+from torchgraft.engines.control_flow.execution import RunCompiled
+from torchgraft.engines.surgery.edits import history
 from torchgraft.fit.budget import Limit
 from torchgraft.fit.plan import make_plan
-from torchgraft.fit.workshop import SLACK, Choice, Workshop
+from torchgraft.fit.workshop import LAST, SLACK, Choice, Workshop
 
 COSTS = ("macs", "params", "size")
 
@@ -52,8 +58,6 @@ def test_what_misses_its_target_within_the_budget_is_measured_in_full(task_file:
 
 
 def test_what_was_only_noted_is_not_trained_before_its_precision() -> None:
-    from torchgraft.contracts.subjects import case
-
     tiny = case("cnn")
     plan = make_plan(tiny.model, tiny.task, wanted=["norm-folding", "magnitude-pruning", "int8-dynamic"])
     shop = Workshop(tiny.task, tiny.model, plan, [], ["size"])
@@ -64,3 +68,40 @@ def test_what_was_only_noted_is_not_trained_before_its_precision() -> None:
     assert all(torch.equal(value, before[name]) for name, value in noted.state_dict().items())
     cut = shop.make(Choice({"width": ("magnitude-pruning", 0.5), "norms": ("norm-folding", 1.0)}), 0).model
     assert shop.recover(cut, steps=2, seed=0) == 2
+
+
+def _shop_with_programs(monkeypatch: pytest.MonkeyPatch) -> Workshop:
+    """Return a workshop whose plan has a compiled pass, whatever the machine's clock says of it."""
+    monkeypatch.setattr("torchgraft.elastic.dycl_compile._why_slow", lambda model, task: "")
+    tiny = case("cnn")
+    costs = ["latency", "size"]
+    plan = make_plan(tiny.model, tiny.task, wanted=["magnitude-pruning", "int8-dynamic", "dycl-compile"], costs=costs)
+    assert list(plan.stages) == ["width", "precision", "execution"]
+    return Workshop(tiny.task, tiny.model, plan, [], costs)
+
+
+def test_execution_comes_last_and_scores_of_trials_do_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    shop = _shop_with_programs(monkeypatch)
+    strengths = {"width": ("magnitude-pruning", 0.5), "precision": ("int8-dynamic", 1.0)}
+    made = shop.make(Choice({**strengths, "execution": ("dycl-compile", 1.0)}), 0)
+    assert "forward" not in made.model.__dict__  # what recovery trains
+    assert made.ratios.keys() == {"latency", "size"}
+    finished = shop.finish(made.model, made.strengths, 0)
+    assert isinstance(history(finished)[-1], RunCompiled)
+    with torch.no_grad():
+        finished(shop.task.example)
+    assert finished.__dict__["forward"].compiled(shop.task.example)
+    without = shop.finish(made.model, made.strengths, 0, stages=LAST[:1])
+    assert history(without) == history(finished)[:-1]
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(execution, "compiled_pass", lambda model, *given: compiled.append(model))
+    assert shop.score_of(made, 0) == float(shop.score(without).mean())
+    assert compiled == []
+    assert abs(float(shop.score(finished).mean()) - shop.score_of(made, 0)) <= 1 / len(shop.task.val)
+
+
+def test_a_run_of_nothing_but_what_is_exact_ends_well(tmp_path: Path) -> None:
+    tiny = case("cnn")
+    result = torchgraft.fit(tiny.task, costs=["size"], trials=2, procedures=["norm-folding"], out=tmp_path)
+    assert {tuple(trial.procedures) for trial in result.record.trials} == {("norm-folding",)}
+    assert result.front[0].name == "original"
