@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 import torchgraft
-from torchgraft.fit.finalists import Finalist, promising, worth_recovering
+from torchgraft.fit.contribution import LEFT
+from torchgraft.fit.finalists import Finalist, Recovered, left_over, promising, worth_recovering
 from torchgraft.fit.workshop import Workshop
 
 
@@ -67,12 +70,32 @@ class _Trial:
 
 
 def test_deep_cuts_that_recovery_can_mend_are_recovered_too() -> None:
-    shop: Workshop = _Shop()  # type: ignore[assignment]
+    shop: Any = _Shop()
     mild, twin, deep = _Trial(1.0, 0.5), _Trial(0.99, 0.5), _Trial(0.9, 0.25)
-    # By hand, 0.15 of a fall is left and a tenth lost is nothing kept: 1 x 1, 0.985 x 1, 0.85 x 2 halvings.
-    assert worth_recovering(shop, [mild, twin, deep], 1) == [deep]  # type: ignore[list-item,comparison-overlap]
-    # Beside it mild adds 0.15 x 1, its twin less.
-    assert worth_recovering(shop, [twin, mild, deep], 2) == [deep, mild]  # type: ignore[list-item,comparison-overlap]
+    # By hand, 0.35 of a fall is left and a tenth lost is nothing kept: 1 x 1, 0.965 x 1, 0.65 x 2 halvings.
+    every: Any = [mild, twin, deep]
+    assert worth_recovering(shop, every, []) is deep
+    # Beside it, recovered to 0.97 (0.7 x 2), mild adds 0.3 x 1, its twin less.
+    found: Any = Recovered(deep, 0.97)  # type: ignore[arg-type]
+    assert worth_recovering(shop, every, [found]) is mild
+    assert worth_recovering(shop, every[2:], [found]) is None
+
+
+def test_what_the_first_recovery_mends_decides_what_is_next() -> None:
+    shop: Any = _Shop()
+    first, mild, deep = _Trial(0.95, 0.25), _Trial(1.0, 0.5), _Trial(0.8, 0.125)
+    every: Any = [mild, first, deep]
+    assert left_over(shop, []) == LEFT == 0.35
+    assert worth_recovering(shop, every, []) is first  # 0.825 x 2; mild 1, deep 0.3 x 3
+    mended, stuck = Recovered(first, 1.0), Recovered(first, 0.95)  # type: ignore[arg-type]
+    # By hand: (0.5 x 0.35 + 0) / 1.5, so that deep is hoped to lose 0.0233, 0.767 x 3 halvings, 0.767 beyond first's.
+    assert left_over(shop, [mended]) == pytest.approx(0.175 / 1.5)
+    assert worth_recovering(shop, every, [mended]) is deep
+    # A recovery that mends nothing: (0.175 + 1) / 1.5 is left, and deep is worth nothing; mild adds 0.5 x 1.
+    assert left_over(shop, [stuck]) == pytest.approx(1.175 / 1.5)
+    assert worth_recovering(shop, every, [stuck]) is mild
+    # One that had hardly fallen says nothing.
+    assert left_over(shop, [Recovered(_Trial(0.995, 0.5), 1.0)]) == LEFT  # type: ignore[arg-type]
 
 
 def test_endings_that_add_nothing_are_not_measured() -> None:

@@ -41,21 +41,22 @@ def gains(
 
 
 def promise(
-    validation: float, ratios: Sequence[float], original: float, *, span: float | None = None
+    validation: float, ratios: Sequence[float], original: float, *, span: float | None = None, left: float = LEFT
 ) -> tuple[float, ...]:
-    """Return what a trial may gain once it is recovered at length, which leaves about ``LEFT`` of what it has lost.
+    """Return what a trial may gain once it is recovered at length, which leaves about ``left`` of what it has lost.
 
     Args:
         validation: the trial's score after its few steps of recovery.
         ratios: its costs over the original's.
         original: the original's score.
         span: as for :func:`gains`.
+        left: the share of the fall that stays.
 
     Example:
         >>> [round(value, 3) for value in promise(0.8, [0.5], 1.0)]
         [0.3, 1.0]
     """
-    return gains(max(validation, original - LEFT * (original - validation)), ratios, original, span=span)
+    return gains(max(validation, original - left * (original - validation)), ratios, original, span=span)
 
 
 def contributions(candidates: Sequence[Candidate], trials: Sequence[Trial], costs: Sequence[str]) -> list[Contribution]:

@@ -11,16 +11,19 @@ import optuna
 from torch import Tensor, nn
 
 from torchgraft.errors import BadInput
-from torchgraft.fit.contribution import gains, promise
+from torchgraft.fit.contribution import LEFT, SPAN, gains, promise
 from torchgraft.fit.pareto import hypervolume
 from torchgraft.fit.plan import check_combination
 from torchgraft.fit.workshop import Workshop
 
-__all__ = ["ENDING_SHARE", "Finalist", "other_endings", "promising", "worth_recovering"]
+__all__ = ["ENDING_SHARE", "Finalist", "Recovered", "left_over", "other_endings", "promising", "worth_recovering"]
 
 #: The strengths of precision procedures by which recovered models end otherwise, and the share of the recovery's time
 #: that this may take.
 ENDINGS, ENDING_SHARE = (0.8, 1.0), 0.15
+#: What a recovery of this run weighs against what is known beforehand is 1 to this; a fall below this share of the span
+#: that counts tells nothing.
+BEFOREHAND, TELLING = 0.5, 0.1
 
 
 @dataclass
@@ -46,25 +49,59 @@ class Finalist:
     float_model: nn.Module | None = None
 
 
-def worth_recovering(
-    workshop: Workshop, ranked: Sequence[optuna.trial.FrozenTrial], count: int
-) -> list[optuna.trial.FrozenTrial]:
-    """Return the trials that together promise the most volume, one after the other, once they are recovered.
+@dataclass(frozen=True)
+class Recovered:
+    """What recovery at length has made of a trial.
 
-    A deep cut may be worth more than its score after a few steps says.
+    Args:
+        trial: the trial.
+        score: mean validation score after it; that of the trial where it did not help.
+    """
+
+    trial: optuna.trial.FrozenTrial
+    score: float
+
+
+def left_over(workshop: Workshop, recovered: Sequence[Recovered]) -> float:
+    """Return what share of a fall recovery at length leaves: what is known beforehand, and what it left in this run.
+
+    Args:
+        workshop: what the run shares.
+        recovered: the trials that were recovered; those that had hardly lost anything tell nothing.
     """
     base = float(workshop.validation.mean())
-    records = [trial.user_attrs["record"] for trial in ranked]
-    hoped = [
-        promise(r["validation"], [r["ratios"][cost] for cost in workshop.costs], base, span=workshop.span)
-        for r in records
-    ]
-    chosen: list[int] = []
-    while len(chosen) < min(count, len(ranked)):
-        held = [hoped[index] for index in chosen]
-        rest = [index for index in range(len(ranked)) if index not in chosen]
-        chosen.append(max(rest, key=lambda index: (hypervolume([*held, hoped[index]]), -index)))
-    return [ranked[index] for index in chosen]
+    wide = workshop.span or SPAN * max(abs(base), 1e-9)
+    falls = [(base - float(each.trial.user_attrs["record"]["validation"]), base - each.score) for each in recovered]
+    shares = [min(max(after / before, 0.0), 1.0) for before, after in falls if before > TELLING * wide]
+    return (BEFOREHAND * LEFT + sum(shares)) / (BEFOREHAND + len(shares))
+
+
+def worth_recovering(
+    workshop: Workshop, ranked: Sequence[optuna.trial.FrozenTrial], recovered: Sequence[Recovered]
+) -> optuna.trial.FrozenTrial | None:
+    """Return the trial whose recovery promises the most volume beside what is recovered already; ``None`` if none does.
+
+    A deep cut may be worth more than its score after a few steps says; how much more, the first recoveries show.
+
+    Args:
+        workshop: what the run shares.
+        ranked: the trials, best score first.
+        recovered: those among them that were recovered, in their order.
+    """
+    base, left = float(workshop.validation.mean()), left_over(workshop, recovered)
+
+    def gained(trial: optuna.trial.FrozenTrial, score: float | None) -> tuple[float, ...]:
+        record = trial.user_attrs["record"]
+        ratios = [record["ratios"][cost] for cost in workshop.costs]
+        if score is None:
+            return promise(record["validation"], ratios, base, span=workshop.span, left=left)
+        return gains(score, ratios, base, span=workshop.span)
+
+    held = [gained(each.trial, each.score) for each in recovered]
+    done = {id(each.trial) for each in recovered}
+    rest = [trial for trial in ranked if id(trial) not in done]
+    volumes = [hypervolume([*held, gained(trial, None)]) for trial in rest]
+    return rest[max(range(len(rest)), key=lambda place: (volumes[place], -place))] if rest else None
 
 
 def other_endings(workshop: Workshop, polished: Sequence[Finalist], until: float) -> list[Finalist]:

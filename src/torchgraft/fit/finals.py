@@ -22,7 +22,14 @@ from torchgraft.catalogue import registry
 from torchgraft.engines import recipe
 from torchgraft.engines.surgery.edits import history
 from torchgraft.fit import storage
-from torchgraft.fit.finalists import ENDING_SHARE, Finalist, other_endings, promising, worth_recovering
+from torchgraft.fit.finalists import (
+    ENDING_SHARE,
+    Finalist,
+    Recovered,
+    other_endings,
+    promising,
+    worth_recovering,
+)
 from torchgraft.fit.pareto import front
 from torchgraft.fit.search import MEASURE_SECONDS, Effort, Progress, run_trial, slot_seed, trial_folder
 from torchgraft.fit.workshop import NOISY, Choice, Workshop
@@ -65,24 +72,27 @@ def _ranked(workshop: Workshop, study: optuna.Study) -> list[optuna.trial.Frozen
 
 def _polish(
     workshop: Workshop,
-    chosen: Sequence[optuna.trial.FrozenTrial],
+    count: int,
+    following: Callable[[Sequence[Recovered]], optuna.trial.FrozenTrial | None],
     effort: Effort,
     folder: Path,
     progress: Callable[[Progress], None],
     trials: tuple[Trial, ...],
 ) -> list[Finalist]:
-    finalists = []
+    """Recover up to ``count`` trials at length, each chosen by ``following`` when those before it are recovered."""
+    finalists: list[Finalist] = []
+    recovered: list[Recovered] = []
     begun = time.monotonic()
-    for position, trial in enumerate(chosen):
+    while len(recovered) < count and (trial := following(recovered)) is not None:
         slot = int(trial.user_attrs[storage.SLOT])
         strengths: dict[str, float] = trial.user_attrs["record"]["procedures"]
-        progress(Progress("recover", f"recovering trial {slot} at length", position / len(chosen), trials))
+        progress(Progress("recover", f"recovering trial {slot} at length", len(recovered) / count, trials))
         kept = _kept_model(workshop, trial, effort, folder)
         model = _load(workshop, kept / "float" if (kept / "float").exists() else kept)
         deadline, planned = None, effort.polish_steps
         if effort.polish_seconds is not None:
             left = effort.polish_seconds - (time.monotonic() - begun)
-            share = max(left, 0.0) / (len(chosen) - position)
+            share = max(left, 0.0) / (count - len(recovered))
             deadline = time.monotonic() + share
             # The rate of recovery falls to zero over its steps, so they are as many as this model has time for.
             planned = max(int(0.9 * share / workshop.step_seconds(model)), 1)
@@ -90,9 +100,10 @@ def _polish(
         steps = workshop.recover(model, steps=planned, seed=seed + 2, deadline=deadline)
         finished = workshop.finish(model, strengths, seed)
         scores = workshop.score(finished)
-        before = trial.user_attrs["record"]["validation"]
-        if float(scores.mean()) < before:  # recovery at length is not kept where it harms
-            _logger.info("trial %d: recovery at length did not help (%.4f < %.4f)", slot, scores.mean(), before)
+        before, after = trial.user_attrs["record"]["validation"], float(scores.mean())
+        recovered.append(Recovered(trial, max(before, after)))
+        if after < before:  # recovery at length is not kept where it harms
+            _logger.info("trial %d: recovery at length did not help (%.4f < %.4f)", slot, after, before)
             continue
         finalists.append(
             Finalist(
@@ -267,10 +278,12 @@ def decide(
     """
     original = Finalist("original", workshop.original, {}, 0, workshop.validation)
     ranked = _ranked(workshop, study)
-    worthy = ranked[: effort.finalists]
-    if not workshop.limits:
-        worthy = worth_recovering(workshop, ranked, effort.finalists)
-    finalists = [original, *_polish(workshop, worthy, effort, folder, progress, trials)]
+    count = min(effort.finalists, len(ranked))
+
+    def following(recovered: Sequence[Recovered]) -> optuna.trial.FrozenTrial | None:
+        return ranked[len(recovered)] if workshop.limits else worth_recovering(workshop, ranked, recovered)
+
+    finalists = [original, *_polish(workshop, count, following, effort, folder, progress, trials)]
     if not workshop.limits:
         progress(Progress("measure", "ending the recovered models otherwise", None, trials))
         until = time.monotonic() + ENDING_SHARE * (effort.polish_seconds or math.inf)
