@@ -21,6 +21,7 @@ from torchgraft.bench.meters import macs, params, size
 from torchgraft.bench.models import ResidualNet, VisionTransformer
 from torchgraft.engines.control_flow import compiled as compiled_module
 from torchgraft.engines.control_flow import execution as execution_module
+from torchgraft.engines.control_flow import onnx_bytes, onnx_session
 from torchgraft.engines.control_flow.compiled import difference
 from torchgraft.engines.control_flow.execution import Execution, RunCompiled, compiled_pass
 from torchgraft.engines.control_flow.fused import fused, traits
@@ -295,6 +296,70 @@ def test_changed_weights_and_modules_are_seen(change: Callable[[Any], object]) -
         assert execution.compiled(x)  # then a program anew
 
 
+class _Switched(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.depth, self.scale = nn.Linear(4, 4), 1, 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.depth):
+            x = self.inner(x).relu() * self.scale
+        return x
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model, "depth", 2),
+        lambda model: setattr(model, "scale", 3.0),
+        lambda model: delattr(model, "scale") or setattr(type(model), "scale", 3.0),
+    ],
+    ids=["a number", "a factor", "one that is gone"],
+)
+def test_changed_attributes_are_seen(change: Callable[[Any], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Switched, "scale", 3.0, raising=False)
+    model, x = _Switched().eval(), torch.randn(2, 4)
+    made, execution = _compiled(model, x)
+    with torch.no_grad():
+        old = made(x)
+        assert execution.compiled(x)
+        change(made)
+        expected = execution._plain(x)
+        assert difference(old, expected) > 1e-3
+        assert torch.equal(made(x), expected)
+        assert difference(expected, made(x)) < 1e-5
+
+
+def test_a_first_call_on_zeros_does_not_stand_in_the_way() -> None:
+    made, execution = _compiled(_mlp(), torch.randn(5, 6))
+    x = torch.randn(5, 6)
+    with torch.no_grad():
+        made(torch.zeros(5, 6))
+        assert not execution.compiled(x)
+        made(x)
+    assert execution.compiled(x)
+
+
+def test_models_of_several_budgets_run_as_python() -> None:
+    model = _mlp()
+    model[0].set_budget = lambda budget: None
+    with pytest.raises(BadInput, match="budgets"):
+        compiled_pass(model, (torch.randn(5, 6),), {})
+
+
+def test_whatever_a_compiler_raises_python_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: Any) -> Any:
+        raise KeyError("inside")
+
+    monkeypatch.setattr(execution_module, "compiled_pass", fails)
+    made, execution = _compiled(_mlp(), torch.randn(5, 6))
+    x = torch.randn(5, 6)
+    with torch.no_grad():
+        assert torch.equal(made(x), execution._plain(x))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        apply_edits(_mlp(), [RunCompiled.on(torch.randn(5, 7))])(torch.randn(5, 7))  # the model's own words
+
+
 def test_batch_norm_statistics_are_seen() -> None:
     model, x = ResidualNet(widths=(4, 8), depth=1).eval(), torch.randn(4, 1, 8, 8)
     made, _ = _compiled(model, x)
@@ -424,6 +489,9 @@ def test_export_and_torch_compile_see_the_model() -> None:
         made(x)
         exported = torch.export.export(made, (x,), strict=False).module()
         assert difference(model(x), exported(x)) < 1e-6
+        assert difference(model(x), torch.compile(made, backend="eager")(x)) < 1e-6
+        session = onnx_session(onnx_bytes(made, (x,)), 1)
+        assert difference(model(x), torch.from_numpy(session([x.numpy()])[0])) < 1e-5
         assert any(node.target == "call_function" or "linear" in str(node.target) for node in exported.graph.nodes)
 
 

@@ -13,7 +13,7 @@ import itertools
 import logging
 import operator
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -54,6 +54,11 @@ def _other(value: Tensor) -> Tensor:
     return value.flip(list(range(value.ndim)))
 
 
+def _tells(values: Iterable[Tensor]) -> bool:
+    """Say whether another input can be made of ``values``; zeros are the same backwards."""
+    return not all(torch.equal(value, _other(value)) for value in values)
+
+
 def compiled_pass(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> Callable[..., Any]:
     """Return a compiled forward pass of ``model`` for inputs like these, checked against Python on two inputs.
 
@@ -66,6 +71,10 @@ def compiled_pass(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[st
         BadInput: it cannot be compiled, or the program's outputs are not those of the model.
         Untraceable: it decides on its data in a way that cannot be compiled; file and line are named.
     """
+    if not _tells((*args, *kwargs.values())):
+        raise BadInput("these inputs are the same backwards, so that nothing shows that the program reads them")
+    if any(hasattr(module, "set_budget") for module in model.modules()):
+        raise BadInput("it has budgets that are switched at run time")
     found = traits(model, args, kwargs)
     if found.operators < LEAST_OPERATORS:
         raise BadInput("there are no operators to join")
@@ -79,8 +88,6 @@ def compiled_pass(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[st
     else:
         run = fused(model, args, kwargs)
     turned = tuple(_other(value) for value in args), {name: _other(value) for name, value in kwargs.items()}
-    if all(torch.equal(value, _other(value)) for value in (*args, *kwargs.values())):
-        raise BadInput("these inputs are the same backwards, so that nothing shows that the program reads them")
     with resting(model), torch.no_grad():
         for given, named in ((args, kwargs), turned):
             gap = difference(model(*given, **named), run(*given, **named))
@@ -103,10 +110,10 @@ def _watched() -> bool:
 class Execution:
     """What stands for a model's ``forward``.
 
-    A program is made at the first call that it can serve, and anew once weights or modules have changed (seen by
-    identity and version; writing through ``.data`` is not seen). Python runs instead in training mode, with gradients,
-    on other sizes, dtypes and devices, under hooks, modes, transforms and traces, and where compiling
-    fails, which goes to the log once.
+    A program is made at the first call that it can serve, and anew once weights, modules, or their plain attributes
+    (numbers, strings) have changed; writing through ``.data`` and into lists is not seen. It holds the weights again.
+    Python runs instead in training mode, with gradients, on other sizes, dtypes and devices, under hooks, modes,
+    transforms and traces, and where compiling fails, which goes to the log once.
 
     Args:
         model: the model.
@@ -154,6 +161,8 @@ class Execution:
         if self._made_of is None or self._made_of.busy():
             return None
         if form not in self._programs:
+            if not _tells(values):
+                return None  # a later call may
             self._programs[form] = None  # while it is being made, Python runs
             self._programs[form] = self._compiled(args, kwargs)
         return self._programs[form]
@@ -161,18 +170,19 @@ class Execution:
     def _compiled(self, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Callable[..., Any] | None:
         try:
             return compiled_pass(self.model, args, kwargs)
-        except BadInput as error:
-            _logger.info("%s runs as Python: %s", type(self.model).__name__, error)
+        except Exception as error:  # whatever a compiler trips over; what is wrong with the inputs, Python will say
+            why = str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {error}"
+            _logger.info("%s runs as Python: %s", type(self.model).__name__, why)
             return None
 
 
 class _MadeOf:
     """What a model was made of, and the state of its weights; asked at every call, so that it touches little memory."""
 
-    __slots__ = ("_held", "_hooks", "_modules", "_parts", "_tensors", "_threads", "_versions")
+    __slots__ = ("_held", "_hooks", "_modules", "_parts", "_plain", "_reads", "_tensors", "_threads", "_versions")
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = list(model.modules())
+        self._modules = modules = list(model.modules())
         parts = ((m._modules, m._parameters, m._buffers) for m in self._modules)
         self._held: list[dict[str, Any]] = [cast(dict[str, Any], held) for three in parts for held in three]
         self._parts = [part for held in self._held for part in held.values()]
@@ -180,6 +190,10 @@ class _MadeOf:
         self._versions = list(map(_version, self._tensors))
         self._hooks = [hooks for m in self._modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._threads = torch.get_num_threads()
+        # Plain attributes of each module, which its forward pass may depend on, and what reads them.
+        named = [(m, [k for k, v in m.__dict__.items() if isinstance(v, _PLAIN) and k != "training"]) for m in modules]
+        self._reads = [(m.__dict__, operator.itemgetter(*names)) for m, names in named if names]
+        self._plain = [read(held) for held, read in self._reads]
 
     def still(self) -> bool:
         """Say whether the model is made of the same modules and tensors, in the state that they were in."""
@@ -189,13 +203,21 @@ class _MadeOf:
             and all(map(operator.is_, parts, self._parts))
             and list(map(_version, self._tensors)) == self._versions
             and self._threads == torch.get_num_threads()
+            and self._same_attributes()
         )
+
+    def _same_attributes(self) -> bool:
+        try:
+            return [read(held) for held, read in self._reads] == self._plain
+        except KeyError:
+            return False  # one was deleted
 
     def busy(self) -> bool:
         """Say whether a module trains or has hooks."""
         return any(self._hooks) or any(map(_training, self._modules))
 
 
+_PLAIN = (bool, int, float, str, tuple, torch.Size, type(None))
 _version, _training, _values = operator.attrgetter("_version"), operator.attrgetter("training"), dict.values
 
 
