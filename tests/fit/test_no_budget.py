@@ -72,26 +72,36 @@ class _Trial:
 def test_deep_cuts_that_recovery_can_mend_are_recovered_too() -> None:
     shop: Any = _Shop()
     mild, twin, deep = _Trial(1.0, 0.5), _Trial(0.99, 0.5), _Trial(0.9, 0.25)
-    # By hand, 0.35 of a fall is left and a tenth lost is nothing kept: 1 x 1, 0.965 x 1, 0.65 x 2 halvings.
     every: Any = [mild, twin, deep]
+    # By hand, 0.35 of a fall is left and a tenth lost is nothing kept: mild, which has lost nothing, holds 1 x 1 as it
+    # is, twin would hold 0.965 x 1 within that, and deep, worth nothing yet, 0.65 x 2 halvings.
     assert worth_recovering(shop, every, []) is deep
-    # Beside it, recovered to 0.97 (0.7 x 2), mild adds 0.3 x 1, its twin less.
+    # Once it is recovered nothing is promised beyond what is held; the largest goes on.
     found: Any = Recovered(deep, 0.97)  # type: ignore[arg-type]
     assert worth_recovering(shop, every, [found]) is mild
     assert worth_recovering(shop, every[2:], [found]) is None
 
 
+def test_what_is_held_already_need_not_be_recovered() -> None:
+    shop: Any = _Shop()
+    better, cut = _Trial(1.05, 0.5), _Trial(0.97, 0.4)  # one that is better than the original holds 1.5 x 1
+    every: Any = [better, cut]
+    # cut: 0.7 x 1.32 as it is, 0.895 x 1.32 hoped, 0.895 x 0.32 of it beyond better's.
+    assert worth_recovering(shop, every, []) is cut
+
+
 def test_what_the_first_recovery_mends_decides_what_is_next() -> None:
     shop: Any = _Shop()
-    first, mild, deep = _Trial(0.95, 0.25), _Trial(1.0, 0.5), _Trial(0.8, 0.125)
+    first, mild, deep = _Trial(0.95, 0.25), _Trial(0.99, 0.5), _Trial(0.8, 0.125)
     every: Any = [mild, first, deep]
     assert left_over(shop, []) == LEFT == 0.35
-    assert worth_recovering(shop, every, []) is first  # 0.825 x 2; mild 1, deep 0.3 x 3
+    # Held: mild 0.9 x 1 and first 0.5 x 2 of it 0.5 beyond. Hoped: first 0.825 x 2, deep 0.3 x 3 (0.3 beyond first's).
+    assert worth_recovering(shop, every, []) is first
     mended, stuck = Recovered(first, 1.0), Recovered(first, 0.95)  # type: ignore[arg-type]
     # By hand: (0.5 x 0.35 + 0) / 1.5, so that deep is hoped to lose 0.0233, 0.767 x 3 halvings, 0.767 beyond first's.
     assert left_over(shop, [mended]) == pytest.approx(0.175 / 1.5)
     assert worth_recovering(shop, every, [mended]) is deep
-    # A recovery that mends nothing: (0.175 + 1) / 1.5 is left, and deep is worth nothing; mild adds 0.5 x 1.
+    # A recovery that mends nothing: (0.175 + 1) / 1.5 is left, and deep is worth nothing; mild adds 0.02 x 1.
     assert left_over(shop, [stuck]) == pytest.approx(1.175 / 1.5)
     assert worth_recovering(shop, every, [stuck]) is mild
     # One that had hardly fallen says nothing.

@@ -240,6 +240,6 @@ def _why_slow(model: nn.Module, task: Task) -> str:
     execution = compiled.__dict__["forward"]
     if not (isinstance(execution, Execution) and execution.compiled(task.example)):
         return "it cannot be compiled; the log says why"
-    seconds = interleaved([model, compiled], task.example, rounds=3)
+    seconds = interleaved([model, compiled], task.example, rounds=2)
     ratio = float((seconds[:, 1] / seconds[:, 0]).mean())
     return "" if ratio < 1.0 else f"compiled it takes {ratio:.2f} of the time here"

@@ -16,7 +16,7 @@ the machine: with large batches a wider block may be slower, which is measured b
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -27,6 +27,7 @@ from torchgraft.bench.meters.forward import resting
 from torchgraft.bench.meters.latency import interleaved
 from torchgraft.bench.task import Batch, Task, call, take
 from torchgraft.catalogue import Card
+from torchgraft.engines.control_flow.fused import traits
 from torchgraft.engines.depth import Stack, rewired, stacks
 from torchgraft.engines.distill import soft_loss
 from torchgraft.engines.procedure import Procedure, Refusal, Site, ignored
@@ -65,6 +66,8 @@ CARD = Card(
 
 #: What merging must gain, as a share of the latency, before ``fit`` is offered it: above the noise of the measurement.
 _GAIN = 0.03
+#: Seconds that the start of an operation takes, generously.
+_START = 8e-6
 #: What one round must show for no more to be needed: far above that noise.
 _HOPELESS = 1.1
 _NO_LATENCY = "parameters and multiplications stay when blocks are merged; only latency falls, and it is not measured"
@@ -248,8 +251,19 @@ def _distance(model: nn.Module, task: Task, batches: Sequence[Batch], wanted: Se
     return total if math.isfinite(total) else math.inf
 
 
+def _most_saved(model: nn.Module, task: Task) -> float:
+    """Return the share of a pass that merging may save at most: half of the operations start no more."""
+    given = (task.example,) if isinstance(task.example, Tensor) else task.example
+    args, named = ((), given) if isinstance(given, Mapping) else (tuple(given), {})
+    operators, seconds = traits(model, args, named).operators, interleaved([model], task.example, rounds=1)
+    return 0.5 * operators * _START / float(seconds.min())
+
+
 def _why_slow(model: nn.Module, task: Task, found: list[tuple[Stack, list[int]]]) -> str:
     """Return why merging does not pay on the task's example, or an empty string where it does."""
+    most = _most_saved(model, task)
+    if most < _GAIN:
+        return f"operations start within {2 * most:.1%} of a pass, of which merging saves half at most"
     pairs = {stack: [place for place in joints if (place - joints[0]) % 2 == 0] for stack, joints in found}
     whole = {stack: list(joints) for stack, joints in found}
     models = [apply_edits(model, []), *(apply_edits(model, _edits(gone)) for gone in (pairs, whole))]

@@ -79,9 +79,11 @@ def left_over(workshop: Workshop, recovered: Sequence[Recovered]) -> float:
 def worth_recovering(
     workshop: Workshop, ranked: Sequence[optuna.trial.FrozenTrial], recovered: Sequence[Recovered]
 ) -> optuna.trial.FrozenTrial | None:
-    """Return the trial whose recovery promises the most volume beside what is recovered already; ``None`` if none does.
+    """Return the trial whose recovery promises the most volume beyond what is held already; ``None`` if all are done.
 
-    A deep cut may be worth more than its score after a few steps says; how much more, the first recoveries show.
+    Held are the recovered ones and the trials as they are, which may stand on the front too: one that has lost nothing
+    need not be recovered. A deep cut may be worth more than its score after a few steps says; how much more, the first
+    recoveries show.
 
     Args:
         workshop: what the run shares.
@@ -98,9 +100,12 @@ def worth_recovering(
         return gains(score, ratios, base, span=workshop.span)
 
     held = [gained(each.trial, each.score) for each in recovered]
+    held += [gained(trial, trial.user_attrs["record"]["validation"]) for trial in ranked]
     done = {id(each.trial) for each in recovered}
     rest = [trial for trial in ranked if id(trial) not in done]
-    volumes = [hypervolume([*held, gained(trial, None)]) for trial in rest]
+    hoped = [gained(trial, None) for trial in rest]
+    # Where nothing is promised beyond what is held, the largest is trained on.
+    volumes = [(hypervolume([*held, point]), hypervolume([point])) for point in hoped]
     return rest[max(range(len(rest)), key=lambda place: (volumes[place], -place))] if rest else None
 
 
