@@ -55,7 +55,8 @@ class Recovered:
 
     Args:
         trial: the trial.
-        score: mean validation score after it; that of the trial where it did not help.
+        score: mean validation score after it, of the finished or the float model, whichever is better; that of the
+            trial where it did not help.
     """
 
     trial: optuna.trial.FrozenTrial

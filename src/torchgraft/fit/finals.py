@@ -101,7 +101,9 @@ def _polish(
         finished = workshop.finish(model, strengths, seed)
         scores = workshop.score(finished)
         before, after = trial.user_attrs["record"]["validation"], float(scores.mean())
-        recovered.append(Recovered(trial, max(before, after)))
+        # Other endings may keep more than this one, and what the float model has is what recovery has mended.
+        reached = after if finished is model else float(workshop.score(model).mean())
+        recovered.append(Recovered(trial, max(before, after, reached)))
         if after < before:  # recovery at length is not kept where it harms
             _logger.info("trial %d: recovery at length did not help (%.4f < %.4f)", slot, after, before)
             continue
