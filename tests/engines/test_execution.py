@@ -139,8 +139,13 @@ def test_a_program_holds_float64_to_twelve_digits() -> None:
 
 def test_the_switch_of_the_fusion_is_put_back() -> None:
     before = torch.jit.onednn_fusion_enabled()
-    fused(_mlp(), (torch.randn(2, 6),))
-    assert torch.jit.onednn_fusion_enabled() == before
+    try:
+        for mode in (False, True):
+            torch.jit.enable_onednn_fusion(mode)
+            fused(_mlp(), (torch.randn(2, 6),))
+            assert torch.jit.onednn_fusion_enabled() == mode
+    finally:
+        torch.jit.enable_onednn_fusion(before)
 
 
 def test_what_cannot_be_traced_is_refused_in_one_line() -> None:

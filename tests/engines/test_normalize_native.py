@@ -189,3 +189,16 @@ def test_a_library_that_others_may_write_to_is_not_opened(tmp_path: Path, monkey
     made.chmod(0o777)
     compiler.library.cache_clear()
     assert compiler.library(source) is None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_trace_records_torchs_operators() -> None:
+    told = []
+
+    def asked(x: Tensor) -> Tensor:
+        told.append(native.usable(x))
+        return x + 1
+
+    torch.jit.trace(asked, (torch.ones(2),), check_trace=False)
+    assert told == [False]
+    assert native.usable(torch.ones(2))

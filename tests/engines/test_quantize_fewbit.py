@@ -270,6 +270,16 @@ def test_scales_biases_and_norms_in_half_precision_by_hand() -> None:
     assert abs(size_of_tensors(plain.state_dict()) - size_of_tensors(made.state_dict()) - saved) <= names + 16
 
 
+def test_codes_are_of_the_scale_that_is_stored() -> None:
+    layer = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.1, 0.049999]]))
+    # In half precision 0.1 is 0.0999756: 3 x 0.049999 / 0.0999756 = 1.50034 rounds to 2; over 0.1 it would be 1.49997.
+    made = apply_edits(nn.Sequential(layer), [FewBit(bits={"0": 3}, scales="float16")])
+    assert codes_of(made[0]).tolist() == [[3, 2]]
+    assert made[0].weight.tolist() == [[pytest.approx(0.0999756), pytest.approx(2 * 0.0999756 / 3, rel=1e-5)]]
+
+
 def test_what_is_stored_in_half_precision_follows_conversions_copies_and_files() -> None:
     model, x = _block(), torch.randn(3, 20)
     made = _halved(model)

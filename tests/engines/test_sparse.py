@@ -482,3 +482,13 @@ def test_crossover_is_measured_for_both_layouts() -> None:
         found = sparse.crossover(16, 32, (4, 1), shape, tokens=tokens)
         assert 0.0 <= found.sparsity <= 1.0
         assert all(ratio.low <= ratio.value <= ratio.high for _, ratio in found.ratios)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.skipif(not kernel.available(), reason="there is no compiler")
+def test_a_trace_is_refused_what_it_could_not_hold() -> None:
+    values, columns = torch.ones(2), torch.tensor([0, 1], dtype=torch.int32)
+    pointers, x = torch.tensor([0, 1, 2], dtype=torch.int32), torch.randn(3, 2)
+    assert torch.equal(kernel.product(x, values, columns, pointers, None, rows=2, tokens=True), x)
+    with pytest.raises(BadInput, match="no trace"):
+        torch.jit.trace(lambda given: kernel.product(given, values, columns, pointers, None, rows=2, tokens=True), (x,))
