@@ -214,9 +214,8 @@ class CompiledPasses(Procedure):
         named = dict(task.example) if isinstance(task.example, Mapping) else {}
         args = () if named else tuple(leaf_tensors(task.example))
         found = traits(model, args, named)
-        if found.draws or found.writes:
-            what = "it draws random numbers" if found.draws else "it changes its own buffers in eval mode"
-            return Refusal(_WHOLE, what)
+        if found.obstacle is not None:
+            return Refusal(_WHOLE, found.obstacle)
         if found.decides:
             if named:
                 return Refusal(_WHOLE, "it decides on its data, and takes keyword arguments")

@@ -13,9 +13,10 @@ from torch.overrides import TorchFunctionMode
 
 from torchgraft.bench.files import write_atomic
 from torchgraft.bench.meters.forward import resting
-from torchgraft.engines.control_flow.fused import fused, quiet
+from torchgraft.engines.control_flow.fused import fused
 from torchgraft.engines.control_flow.graphs import TEST, Flow, computes, network, signature
 from torchgraft.engines.control_flow.host import Host, HostNode, HostProgram, Run, onnx_session, save_host
+from torchgraft.engines.surgery.trace import quiet
 from torchgraft.errors import BadInput, MissingExtra
 
 __all__ = ["BACKENDS", "Backend", "CompiledDynamic", "difference", "onnx_bytes"]

@@ -78,8 +78,8 @@ def compiled_pass(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[st
     found = traits(model, args, kwargs)
     if found.operators < LEAST_OPERATORS:
         raise BadInput("there are no operators to join")
-    if found.draws or found.writes:
-        raise BadInput("it draws random numbers" if found.draws else "it changes its own buffers in eval mode")
+    if found.obstacle is not None:
+        raise BadInput(found.obstacle)
     run: Callable[..., Any]
     if found.decides:
         if kwargs:

@@ -7,12 +7,8 @@ torch ships joins operators on a CPU without seconds of compiling (decision 019)
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import threading
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,31 +17,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchgraft.bench.meters.forward import resting
+from torchgraft.engines.surgery.trace import quiet
 from torchgraft.errors import BadInput
 
-__all__ = ["Traits", "fused", "quiet", "traits"]
+__all__ = ["Traits", "fused", "traits"]
 
 #: Calls after which the program is as it stays: profiled, then optimised.
 _WARM = 3
 #: oneDNN's fusion is switched on for the whole process while a program is made.
 _LOCK = threading.Lock()
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep what compilers say from the terminal and the log."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
 
 
 @dataclass(frozen=True)
@@ -63,6 +43,13 @@ class Traits:
     decides: bool
     draws: bool
     writes: bool
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why no program can do what it does, or ``None``."""
+        if self.draws:
+            return "it draws random numbers"
+        return "it changes its own buffers in eval mode" if self.writes else None
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped

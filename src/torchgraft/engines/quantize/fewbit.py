@@ -10,7 +10,7 @@ and nothing gets faster.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias, cast
 
@@ -338,18 +338,7 @@ def storable_values(model: nn.Module, *, ignore: Sequence[str] = (), least: int 
         ['position']
     """
     layers = {id(model.get_submodule(name)._parameters["weight"]) for name in storable_layers(model)}
-    found = []
-    for key, holders in _holders(model).items():
-        names = [f"{prefix}.{part}" if prefix else part for prefix, _, part in holders]
-        value = cast(nn.Parameter, holders[0][1]._parameters[holders[0][2]])
-        if key in layers or any(_needs_its_own(module) for _, module, _ in holders):
-            continue
-        if is_lazy(value) or not value.is_floating_point() or value.ndim < 2 or value.numel() < least:
-            continue
-        if not any(ignored(name, ignore) for name in names):
-            found.append(names[0])
-    order = [name for name, _ in model.named_parameters()]
-    return sorted(found, key=order.index)
+    return _others(model, layers, ignore, lambda value: value.is_floating_point() and value.ndim > 1, least)
 
 
 def storable_halves(model: nn.Module, *, ignore: Sequence[str] = (), least: int = 16) -> list[str]:
@@ -366,13 +355,20 @@ def storable_halves(model: nn.Module, *, ignore: Sequence[str] = (), least: int 
     """
     coded = {id(model.get_submodule(name)._parameters["weight"]) for name in storable_layers(model)}
     coded |= {id(model.get_parameter(name)) for name in storable_values(model)}
+    return _others(model, coded, ignore, lambda value: value.dtype in (torch.float32, torch.float64), least)
+
+
+def _others(
+    model: nn.Module, taken: set[int], ignore: Sequence[str], fits: Callable[[Tensor], bool], least: int
+) -> list[str]:
+    """Return the parameters beside ``taken`` that may be read from something else, by name, each once."""
     found = []
     for key, holders in _holders(model).items():
         names = [f"{prefix}.{part}" if prefix else part for prefix, _, part in holders]
         value = cast(nn.Parameter, holders[0][1]._parameters[holders[0][2]])
-        if key in coded or any(_needs_its_own(module) for _, module, _ in holders):
+        if key in taken or any(_needs_its_own(module) for _, module, _ in holders):
             continue
-        if is_lazy(value) or value.dtype not in (torch.float32, torch.float64) or value.numel() < least:
+        if is_lazy(value) or not fits(value) or value.numel() < least:
             continue
         if not any(ignored(name, ignore) for name in names):
             found.append(names[0])

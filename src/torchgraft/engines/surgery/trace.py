@@ -24,7 +24,7 @@ from torchgraft.bench import task
 from torchgraft.bench.task import Inputs, take
 from torchgraft.errors import Untraceable
 
-__all__ = ["Traced", "evaluated", "few", "line_of", "module_of", "shell", "trace", "user_line"]
+__all__ = ["Traced", "evaluated", "few", "line_of", "module_of", "quiet", "shell", "trace", "user_line"]
 
 _OWN = (
     *(os.path.dirname(os.path.abspath(path)) + os.sep for path in (torch.__file__, __file__)),
@@ -51,7 +51,8 @@ class Traced:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Keep what compilers say from the terminal and the log."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -147,7 +148,7 @@ def trace(model: nn.Module, example: Inputs) -> Traced:
     positional = (example,) if isinstance(example, Tensor) else () if isinstance(example, Mapping) else tuple(example)
     named: dict[str, Any] = dict(example) if isinstance(example, Mapping) else {}
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             program = torch.export.export(model, positional, named, strict=False)
     except Exception as error:
         line, source = user_line(error.__traceback__)
