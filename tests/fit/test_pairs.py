@@ -36,6 +36,8 @@ def _ordered(pair: tuple[str, str]) -> list[str] | None:
 
 
 ALLOWED = [pair for pair in PAIRS if _ordered(pair) is not None]
+#: Sparse kernels run as Python, where the machine is found to be faster by them.
+COMPILABLE = [key for key in KEYS if registry.lookup(key).stage not in ("weights", "execution")]
 REFUSED = [pair for pair in PAIRS if _ordered(pair) is None]
 
 
@@ -115,13 +117,11 @@ def test_hardly_any_pair_is_empty() -> None:
 
 
 @pytest.mark.parametrize("name", ["cnn", "transformer"])
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", COMPILABLE)
 def test_what_a_procedure_makes_can_be_compiled(key: str, name: str) -> None:
-    if registry.lookup(key).stage in ("weights", "execution"):
-        pytest.skip("sparse kernels run as Python, by measurement of the machine")
     tiny, model = _case(name), _first(key, name)
     if model is None:
-        pytest.skip("it finds nothing to do there")
+        model = tiny.model
     both = _procedure("dycl-compile").apply(_ended(key, model, tiny), tiny.task, 1.0)
     with torch.no_grad():
         found = both(tiny.task.example)
