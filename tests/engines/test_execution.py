@@ -6,7 +6,7 @@ import copy
 import logging
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import hypothesis
 import numpy as np
@@ -410,6 +410,37 @@ def test_copies_and_pickles_have_programs_of_their_own() -> None:
         assert torch.equal(made(x), out)
 
 
+class _Output(dict[str, Tensor]):
+    """A result whose entries are attributes too, as in transformers."""
+
+    @property
+    def logits(self) -> Tensor:
+        return self["logits"]
+
+
+class _Pair(NamedTuple):
+    logits: Tensor
+    other: Tensor
+
+
+@pytest.mark.parametrize("make", [lambda y: _Output(logits=y), lambda y: _Pair(y, y * 2)], ids=["dict", "tuple"])
+def test_results_of_a_models_own_types_stay_what_they_are(make: Callable[[Tensor], Any]) -> None:
+    class Wraps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = _mlp()
+
+        def forward(self, x: Tensor) -> Any:
+            return make(self.inner(x))
+
+    model, x = Wraps().eval(), torch.randn(5, 6)
+    made, _ = _compiled(model, x)
+    with torch.no_grad():
+        expected, found = model(x), made(x)
+    assert type(found) is type(expected)
+    assert difference(expected.logits, found.logits) < 1e-5
+
+
 def test_keyword_and_several_arguments() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -479,10 +510,12 @@ def test_programs_follow_the_number_of_threads() -> None:
     with torch.no_grad():
         out = made(x)
         try:
+            before = dict(execution._programs)
             torch.set_num_threads(threads + 1)
             assert difference(out, made(x)) < 1e-5
             made(x)
             assert execution.compiled(x)
+            assert all(execution._programs[form] is not before[form] for form in before)  # one for that many
         finally:
             torch.set_num_threads(threads)
 

@@ -59,6 +59,19 @@ def _tells(values: Iterable[Tensor]) -> bool:
     return not all(torch.equal(value, _other(value)) for value in values)
 
 
+def _same_form(expected: Any, found: Any) -> bool:
+    """Say whether two results are of the same types throughout; a trace makes plain dicts of dicts with attributes."""
+    if type(expected) is not type(found):
+        return False
+    if isinstance(expected, Tensor):
+        return bool(expected.dtype == found.dtype and expected.shape == found.shape)
+    if isinstance(expected, dict):
+        return list(expected) == list(found) and all(_same_form(expected[key], found[key]) for key in expected)
+    if isinstance(expected, tuple | list):
+        return len(expected) == len(found) and all(map(_same_form, expected, found))
+    return True
+
+
 def compiled_pass(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> Callable[..., Any]:
     """Return a compiled forward pass of ``model`` for inputs like these, checked against Python on two inputs.
 
@@ -75,13 +88,13 @@ def compiled_pass(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[st
         raise BadInput("these inputs are the same backwards, so that nothing shows that the program reads them")
     if any(hasattr(module, "set_budget") for module in model.modules()):
         raise BadInput("it has budgets that are switched at run time")
-    found = traits(model, args, kwargs)
-    if found.operators < LEAST_OPERATORS:
+    known = traits(model, args, kwargs)
+    if known.operators < LEAST_OPERATORS:
         raise BadInput("there are no operators to join")
-    if found.obstacle is not None:
-        raise BadInput(found.obstacle)
+    if known.obstacle is not None:
+        raise BadInput(known.obstacle)
     run: Callable[..., Any]
-    if found.decides:
+    if known.decides:
         if kwargs:
             raise BadInput("it decides on its data, and takes keyword arguments")
         run = CompiledDynamic(model, args, optimise(specialise(model, args)), "fused")
@@ -90,7 +103,10 @@ def compiled_pass(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[st
     turned = tuple(_other(value) for value in args), {name: _other(value) for name, value in kwargs.items()}
     with resting(model), torch.no_grad():
         for given, named in ((args, kwargs), turned):
-            gap = difference(model(*given, **named), run(*given, **named))
+            expected, found = model(*given, **named), run(*given, **named)
+            if not _same_form(expected, found):
+                raise BadInput(f"a program cannot return the model's {type(expected).__name__}")
+            gap = difference(expected, found)
             if not gap <= TOLERANCE:
                 raise BadInput(f"the program's outputs differ from the model's by {gap:.2g}")
     return run
