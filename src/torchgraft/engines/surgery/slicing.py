@@ -313,6 +313,11 @@ def _kind(axis: Axis) -> str:
     return "channels"
 
 
+def _home(name: str) -> str:
+    """Return the module within which the group ``name`` was named."""
+    return name.partition(":")[0].rpartition(".")[0]
+
+
 def _label(axis: Axis) -> str:
     for mark in ("heads", "features", "values", "width"):
         if mark in axis.marks:
@@ -337,6 +342,8 @@ class _Finder:
         self.claims: Claim = {}
         self.liked: list[frozenset[str]] = []
         self.failed: dict[str, Axis] = {}
+        #: Classes of modules whose key and value features had to be cut together.
+        self.joint: set[type] = set()
         self.uses: dict[str, list[Use]] = {}
         self.places: dict[str, int] = {}
 
@@ -536,8 +543,14 @@ class _Finder:
             return
         ranks = {"heads": 0, "features": 1, "channels": 2, "width": 3}
         for group in sorted(everything, key=lambda each: ranks[each.kind]):
+            if group.name not in self.groups:
+                continue  # joined to an earlier one
+            owner = type(self.modules.get(_home(group.name)))
+            if owner in self.joint and self._couple(trial, group.name, self.axes) is not None:
+                continue
             self.settle(trial, group)
-        self._couple(trial)
+            if group.name in self.failed and self._couple(trial, group.name, self.failed):
+                self.joint.add(owner)
         self._together(trial)
 
     def settle(self, trial: _Trial, group: Group) -> None:
@@ -555,19 +568,33 @@ class _Finder:
         # Without one unit only, few sizes fit by chance, so the line that stops is the line to blame.
         self.refuse(group, trial.failure(self.structure(self.claims), [group], 0) or first)
 
-    def _couple(self, trial: _Trial) -> None:
-        """Try again to cut key and value features that failed alone, together: one attribute may size both."""
-        for name, axis in list(self.failed.items()):
-            for other, partner in list(self.failed.items()):
-                near = name.partition(":")[0].rpartition(".")[0] == other.partition(":")[0].rpartition(".")[0]
-                if "features" in axis.marks and "features" not in partner.marks and "values" in partner.marks and near:
-                    if axis.size != partner.size or axis.root() is partner.root():
-                        continue
-                    unify(axis, partner)
-                    self.refused = [each for each in self.refused if each.name not in {name, other}]
-                    del self.failed[name], self.failed[other]
-                    self.settle(trial, self.offer(name, axis.root()))
-                    break
+    def _couple(self, trial: _Trial, name: str, among: Mapping[str, Axis]) -> bool | None:
+        """Cut key and value features together, since one attribute may size both.
+
+        Args:
+            trial: tries cuts.
+            name: a group that fails alone, or of a class of modules in which such groups do.
+            among: groups, by name, that its partner is looked for among.
+
+        Returns:
+            Whether that works, or ``None`` where there is no partner.
+        """
+        axis = among[name]
+        for other, partner in among.items():
+            if axis.size != partner.size or axis.root() is partner.root() or _home(name) != _home(other):
+                continue
+            keys, values = (name, other) if "features" in axis.marks else (other, name)
+            if "features" not in among[keys].marks or among[values].marks & {"features", "values"} != {"values"}:
+                continue
+            first, second = among[keys], among[values]
+            for held in (self.groups, self.axes, self.failed):
+                for each in (keys, values):
+                    held.pop(each, None)
+            self.refused = [each for each in self.refused if each.name not in {keys, values}]
+            unify(first, second)
+            self.settle(trial, self.offer(keys, first.root()))
+            return keys in self.groups
+        return None
 
     def _together(self, trial: _Trial) -> None:
         """Refuse groups that pass alone and fail with the others."""
