@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,11 @@ import pytest
 import torch
 
 import torchgraft
+from torchgraft.contracts.subjects import case
 from torchgraft.fit.contribution import LEFT
-from torchgraft.fit.finalists import Finalist, Recovered, left_over, promising, worth_recovering
-from torchgraft.fit.workshop import Workshop
+from torchgraft.fit.finalists import Finalist, Recovered, left_over, other_endings, promising, worth_recovering
+from torchgraft.fit.plan import make_plan
+from torchgraft.fit.workshop import Choice, Workshop
 
 
 def test_a_front_of_combinations_and_of_other_endings_of_recovered_models(task_file: Path, tmp_path: Path) -> None:
@@ -35,14 +39,36 @@ def test_a_front_of_combinations_and_of_other_endings_of_recovered_models(task_f
         "nupes-power-quant",
     }
     assert all(0.0 <= row.lost_without <= 1.0 for row in result.record.contributions)
-    # The same recovered float model ends in other precisions; each says which, and has its own size.
-    searched = {tuple(trial.procedures.items()) for trial in result.record.trials}
-    ended = [c for c in result.front if "-recovered-" in c.name]
-    assert ended
-    for candidate in ended:
-        own = {applied.key: applied.strength for applied in candidate.procedures}
-        assert candidate.name.endswith(tuple(f"-{key}-{strength:g}" for key, strength in own.items()))
-        assert tuple(own.items()) not in searched
+
+
+def test_the_same_recovered_float_model_ends_in_other_precisions() -> None:
+    tiny = case("cnn")
+    keys = ["magnitude-pruning", "int8-dynamic", "nupes-power-quant"]
+    plan = make_plan(tiny.model, tiny.task, wanted=keys, costs=["latency", "size"])
+    shop = Workshop(tiny.task, tiny.model, plan, [], ["size"])
+    choice = Choice({"width": ("magnitude-pruning", 0.5), "precision": ("nupes-power-quant", 1.0)})
+    made = shop.make(choice, 0)
+    finished = shop.finish(made.model, made.strengths, 0)
+    times = {"latency": 0.6}
+    recovered = Finalist(
+        "trial-3-recovered", finished, made.strengths, 7, shop.score(finished), True, made.model, times
+    )
+    found = other_endings(shop, [recovered], math.inf)
+    own = "trial-3-recovered"
+    assert sorted(each.name for each in found) == [
+        f"{own}-int8-dynamic-0.8",
+        f"{own}-int8-dynamic-1",
+        f"{own}-nupes-power-quant-0.8",
+    ]
+    sizes = {shop.quick_ratios(each.model, ["size"])["size"] for each in (recovered, *found)}
+    assert len(sizes) == 4
+    for each in found:
+        assert torch.equal(each.scores, shop.score(each.model))
+        assert each.steps == 7
+        assert not each.polished
+        # Weights that are stored otherwise take the same time; int8 is executed otherwise.
+        assert each.times == (times if "nupes-power-quant" in each.strengths else {})
+    assert other_endings(shop, [recovered], 0.0) == []  # no time is left
 
 
 def test_precision_alone_is_a_trial_like_any_other(task_file: Path, tmp_path: Path) -> None:
@@ -60,8 +86,8 @@ class _Shop:
     span = None
     validation = torch.tensor([1.0])
 
-    def quick_ratios(self, model: float) -> dict[str, float]:
-        return {"macs": model}
+    def quick_ratios(self, model: float, costs: Sequence[str]) -> dict[str, float]:
+        return dict.fromkeys(costs, model)
 
 
 class _Trial:
@@ -116,4 +142,7 @@ def test_endings_that_add_nothing_are_not_measured() -> None:
 
     good, worse, small = one("good", 1.0, 0.5), one("worse", 0.95, 0.6), one("small", 0.95, 0.25)
     assert promising(shop, [good, worse, small], 2) == [good, small]
+    # What is known is not measured: known to be larger, "small" adds nothing.
+    small.times = {"macs": 0.7}
+    assert promising(shop, [good, worse, small], 2) == [good]
     assert promising(shop, [good, worse], 5) == [good, worse]

@@ -47,6 +47,8 @@ class Procedure(ABC):
     expense: ClassVar[int] = 1
     #: Whether the result computes what the model did, up to rounding; ``fit`` adds it to whatever else it tries.
     exact: ClassVar[bool] = False
+    #: Whether what it does depends on times that it measures on this machine.
+    timed: bool = False
 
     def for_costs(self, costs: Sequence[str]) -> Procedure:
         """Return this procedure set up for a run in which only ``costs`` are measured; by default as it is.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import optuna
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torchgraft.errors import BadInput
 from torchgraft.fit.contribution import LEFT, SPAN, gains, promise
 from torchgraft.fit.pareto import hypervolume
 from torchgraft.fit.plan import check_combination
-from torchgraft.fit.workshop import Workshop
+from torchgraft.fit.workshop import LAST, Workshop
 
 __all__ = ["ENDING_SHARE", "Finalist", "Recovered", "left_over", "other_endings", "promising", "worth_recovering"]
 
@@ -38,6 +38,7 @@ class Finalist:
         scores: validation score of every sample.
         polished: whether it was recovered at length.
         float_model: the model before its precision procedure, where it was recovered.
+        times: quickly measured ratios of noisy costs, where they are known.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Finalist:
     scores: Tensor
     polished: bool = False
     float_model: nn.Module | None = None
+    times: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,19 +124,23 @@ def other_endings(workshop: Workshop, polished: Sequence[Finalist], until: float
     """
     stage = workshop.plan.stages.get("precision", {})
     found = []
-    for strength, key, finalist in itertools.product(ENDINGS, stage, polished):
+    for key, finalist, strength in itertools.product(stage, polished, ENDINGS):
         own = {k: s for k, s in finalist.strengths.items() if k not in stage}
         strengths = {**own, key: strength}
         if strengths == finalist.strengths or not own or time.monotonic() > until:
             continue
+        float_model = finalist.float_model or finalist.model
         try:
             check_combination(list(strengths))
-            model = workshop.finish(finalist.float_model or finalist.model, strengths, workshop.seed)
-            scores = workshop.score(model)
+            scores = workshop.score(workshop.finish(float_model, strengths, workshop.seed, stages=LAST[:1]))
+            model = workshop.finish(float_model, strengths, workshop.seed)
         except BadInput:
             continue  # refused beside what stands there
+        # Weights that are only stored otherwise are used as fast as before.
+        alike = not any(stage[each].timed for each in (key, *finalist.strengths) if each in stage)
+        times = finalist.times if alike else {}
         name = f"{finalist.name}-{key}-{strength:g}"
-        found.append(Finalist(name, model, strengths, finalist.steps, scores))
+        found.append(Finalist(name, model, strengths, finalist.steps, scores, times=times))
     return found
 
 
@@ -142,7 +148,10 @@ def promising(workshop: Workshop, finalists: Sequence[Finalist], count: int) -> 
     """Return at most ``count`` of ``finalists`` that no other beats when quickly measured, in their order."""
     if len(finalists) <= count:
         return list(finalists)
-    quick = [workshop.quick_ratios(finalist.model) for finalist in finalists]
+    quick = [
+        {**each.times, **workshop.quick_ratios(each.model, [cost for cost in workshop.costs if cost not in each.times])}
+        for each in finalists
+    ]
     base = float(workshop.validation.mean())
     means = [float(finalist.scores.mean()) for finalist in finalists]
     points = [

@@ -48,15 +48,19 @@ def _load(workshop: Workshop, folder: Path) -> nn.Module:
     return recipe.rebuild(recipe.read_recipe(folder), workshop.task.architecture(), folder)
 
 
+def _written(trial: optuna.trial.FrozenTrial) -> Choice:
+    """Return what a trial was to try, as the study keeps it."""
+    written = json.loads(trial.user_attrs["choice"])
+    procedures = {stage: (key, value) for stage, (key, value) in written.pop("procedures").items()}
+    return Choice(procedures, **written)
+
+
 def _kept_model(workshop: Workshop, trial: optuna.trial.FrozenTrial, effort: Effort, folder: Path) -> Path:
     """Return the folder of a finished trial, made again by its seed where another machine ran it."""
     slot = int(trial.user_attrs[storage.SLOT])
     kept = trial_folder(folder, slot)
     if not (kept / "recipe.yaml").exists():
-        written = json.loads(trial.user_attrs["choice"])
-        choice = Choice(
-            {stage: (key, value) for stage, (key, value) in written["procedures"].items()}, written["target"]
-        )
+        choice = _written(trial)
         _logger.info("trial %d was run elsewhere; it is made again here", slot)
         run_trial(workshop, choice, effort, slot_seed(workshop.seed, slot), [], kept)
     return kept
@@ -107,11 +111,9 @@ def _polish(
         if after < before:  # recovery at length is not kept where it harms
             _logger.info("trial %d: recovery at length did not help (%.4f < %.4f)", slot, after, before)
             continue
-        finalists.append(
-            Finalist(
-                f"trial-{slot}-recovered", finished, strengths, effort.steps + steps, scores, True, float_model=model
-            )
-        )
+        times = {cost: ratio for cost, ratio in trial.user_attrs["record"]["ratios"].items() if cost in NOISY}
+        name = f"trial-{slot}-recovered"
+        finalists.append(Finalist(name, finished, strengths, effort.steps + steps, scores, True, model, times))
     return finalists
 
 
@@ -335,8 +337,7 @@ def _misses(workshop: Workshop, study: optuna.Study, effort: Effort) -> list[Fin
         return []
     trial = min(stopped, key=lambda t: (workshop.load(t.user_attrs["record"]["ratios"]), t.user_attrs[storage.SLOT]))
     slot = int(trial.user_attrs[storage.SLOT])
-    written = json.loads(trial.user_attrs["choice"])
-    choice = Choice({stage: (key, value) for stage, (key, value) in written["procedures"].items()}, written["target"])
+    choice = _written(trial)
     made = workshop.make(choice, slot_seed(workshop.seed, slot))
     steps = workshop.recover(made.model, steps=effort.steps, seed=slot_seed(workshop.seed, slot))
     model = workshop.finish(made.model, made.strengths, slot_seed(workshop.seed, slot))

@@ -10,9 +10,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torchgraft.errors import BadInput
 from torchgraft.fit.contribution import promise
+from torchgraft.fit.endings import LITTLE, USUAL
 from torchgraft.fit.experience import SHIPPED, Known, kept, known, price
 from torchgraft.fit.plan import Plan, check_combination
 from torchgraft.fit.workshop import Choice
@@ -24,10 +26,10 @@ __all__ = ["STARTUP", "alone", "ascent", "descent"]
 STARTUP, COMBINED = 10, 6
 #: How many times the least price a procedure may have and still be tried before the sampler takes over.
 DEAR = 12.0
-#: The strengths that an ascent steps through, and that of the precision stage, which is varied at the end of a run.
-RUNGS, PRECISION = (0.5, 0.7, 0.85, 0.95), 0.8
-#: Halvings that count for a cost that does not fall, so that gains in the others still tell.
-LITTLE = 0.05
+#: The strengths that an ascent steps through.
+RUNGS = (0.5, 0.7, 0.85, 0.95)
+#: The share of the score that a trial must promise for the next one to leap over a rung.
+HELD = 0.95
 #: The strength at which procedures are taken to do what is known of them, and the least and most of a first guess.
 REFERENCE, LEAST, MOST = 0.5, 0.1, 0.9
 #: How many times as many halvings as are known a procedure can reach by its full strength.
@@ -92,10 +94,12 @@ def _combinations(plan: Plan, aims: Sequence[str], *, endings: int) -> list[Keys
     return found
 
 
-def _tried(plan: Plan, trials: Sequence[Trial]) -> dict[Keys, list[Trial]]:
+def _tried(plan: Plan, trials: Sequence[Trial], standing: Mapping[str, str] | None = None) -> dict[Keys, list[Trial]]:
+    """Return the trials by their procedures, in the order of the plan; what ``standing`` names stands for others."""
     found: dict[Keys, list[Trial]] = {}
     for trial in trials:
-        found.setdefault(tuple(key for key in plan.procedures if key in trial.procedures), []).append(trial)
+        used = {(standing or {}).get(key, key) for key in trial.procedures}
+        found.setdefault(tuple(key for key in plan.procedures if key in used), []).append(trial)
     return found
 
 
@@ -186,9 +190,11 @@ def ascent(
 
     A combination is worth the volume that a model would hold once it is recovered: the share of the score that is kept
     times the halvings of each cost. One that has been tried is expected to gain by the next of the strengths ``RUNGS``
-    in proportion, as long as the last step up has gained; one that has lost everything may come again at half its
-    strength. One that differs from a combination that was tried by one procedure begins where that was worth most. The
-    most volume for the time is next. One precision procedure stands for all, since recovered models end in the others.
+    in proportion, as long as the last step up has gained; where nothing was lost the next is leapt over, and taken
+    afterwards if that was too far. One that has lost everything may come again at half its strength. One that differs
+    from a combination that was tried by one procedure begins where that was worth most. The most volume for the time is
+    next. One precision procedure stands for all: which of them ends a model, and how far it goes, is chosen when the
+    float model under it is there (:mod:`~torchgraft.fit.endings`).
 
     Args:
         plan: what may be done.
@@ -212,7 +218,8 @@ def ascent(
     for keys in _combinations(plan, aims, endings=1):
         facts = _facts(plan, keys)
         guessed[keys] = math.prod(fact.kept for fact in facts) * math.prod(_halvings(facts, cost) for cost in aims)
-    tried = _tried(plan, trials)
+    endings = {key for keys in guessed for key in keys if stages[key] == "precision"}
+    tried = _tried(plan, trials, {key: next(iter(endings), key) for key in plan.stages.get("precision", {})})
     credit = _credit({k: _volume(t[0], original, aims, span)[0] for k, t in tried.items() if k in guessed}, guessed)
 
     def beside(keys: Keys, other: Keys) -> bool:
@@ -242,16 +249,23 @@ def ascent(
         lowest, last = rung(members[0]), rung(members[-1])
         if volumes[0] == 0.0 and RUNGS[0] / 4 < lowest < 1.0:
             return expected * (lowest / 2 / RUNGS[0]) ** len(aims), lowest / 2
-        further = next((step for step in RUNGS if step > last + 1e-9), None)
-        if further is None or volumes[-1] == 0.0 or volumes[-1] < max(volumes):
-            return None  # as far as it goes, or the last step was one too many
-        share = _volume(members[-1], original, aims, span)[1]
-        times = further / last
-        return volumes[-1] * times ** len(aims) * share ** (times**2 - 1.0), further
+        if volumes[-1] == 0.0 or volumes[-1] < max(volumes):  # one step too many; half of a leap may do
+            further = next((step for step in RUNGS if len(members) > 1 and rung(members[-2]) < step < last), None)
+            number = -2
+        else:
+            ahead = [step for step in RUNGS if step > last + 1e-9]
+            held = _volume(members[-1], original, aims, span)[1] >= HELD
+            further = None if not ahead else ahead[min(1, len(ahead) - 1)] if held else ahead[0]
+            number = -1
+        if further is None:
+            return None  # as far as it goes
+        share = _volume(members[number], original, aims, span)[1]
+        times = further / rung(members[number])
+        return volumes[number] * times ** len(aims) * min(share, 1.0) ** (times**2 - 1.0), further
 
     best: tuple[float, Keys, float] | None = None
     for keys in guessed:
         found = offer(keys)
         if found is not None and (best is None or found[0] / _seconds(plan, keys) > best[0]):
             best = (found[0] / _seconds(plan, keys), keys, found[1])
-    return None if best is None else _choice(plan, best[1], best[2], PRECISION)
+    return None if best is None else replace(_choice(plan, best[1], best[2], USUAL), free_ending=True)

@@ -9,18 +9,20 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import optuna
 from optuna.trial import TrialState
+from torch import nn
 
 from torchgraft.catalogue.card import STAGES
 from torchgraft.engines import recipe
 from torchgraft.errors import BadInput
 from torchgraft.fit import storage
+from torchgraft.fit.endings import chosen_ending
 from torchgraft.fit.opening import STARTUP, alone, ascent, descent
 from torchgraft.fit.plan import Plan, check_combination
 from torchgraft.fit.workshop import FILLERS, Choice, Made, Workshop
@@ -165,9 +167,8 @@ def trial_folder(folder: Path, slot: int) -> Path:
     return folder / "trials" / f"{slot:04d}"
 
 
-def keep(workshop: Workshop, made: Made, folder: Path, seed: int, validation: float) -> None:
+def keep(workshop: Workshop, made: Made, finished: nn.Module, folder: Path, seed: int, validation: float) -> None:
     """Write the finished model of a trial, and the float model under it where a precision procedure follows."""
-    finished = workshop.finish(made.model, made.strengths, seed)
     note = {cost: f"{ratio:.3f}x" for cost, ratio in sorted(made.ratios.items())}
     source, strengths = workshop.task.source, made.strengths
     if finished is not made.model:
@@ -177,8 +178,8 @@ def keep(workshop: Workshop, made: Made, folder: Path, seed: int, validation: fl
 
 def run_trial(
     workshop: Workshop, choice: Choice, effort: Effort, seed: int, rungs: list[float], folder: Path | None
-) -> tuple[Trial, float]:
-    """Make, recover and score one choice; return its record (number 0) and its score after the first rung.
+) -> tuple[Trial, float | None]:
+    """Make, recover and score one choice; return its record (number 0) and its score after the first rung, if any.
 
     Args:
         workshop: what the trials share.
@@ -205,16 +206,25 @@ def run_trial(
     if workshop.limits and workshop.load(made.ratios) > 1.0:
         score = workshop.score_of(made, seed)
         return record("stopped early", score, "does not reach the budget even at full strength"), score
-    first = max(effort.steps // 4, 1) if effort.steps else 0
-    workshop.recover(made.model, steps=first, seed=seed)
-    rung = workshop.score_of(made, seed)
-    # Without a budget the deepest cuts score least at first, and may be worth most.
-    if workshop.limits and effort.steps and len(rungs) >= QUORUM and rung < statistics.median(rungs):
-        return record("stopped early", rung, "below the median of the others after a quarter of the recovery"), rung
+    # Without a budget none is stopped: the deepest cuts score least at first, and may be worth most.
+    first = max(effort.steps // 4, 1) if effort.steps and workshop.limits else 0
+    rung = None
+    if first:
+        workshop.recover(made.model, steps=first, seed=seed)
+        rung = workshop.score_of(made, seed)
+        if len(rungs) >= QUORUM and rung < statistics.median(rungs):
+            reason = "below the median of the others after a quarter of the recovery"
+            return record("stopped early", rung, reason), rung
     workshop.recover(made.model, steps=effort.steps - first, seed=seed + 1)
-    score = workshop.score_of(made, seed)
+    if choice.free_ending and "precision" in choice.procedures:
+        made.strengths, score = chosen_ending(workshop, made, seed)
+    else:
+        score = workshop.score_of(made, seed)
+    finished = workshop.finish(made.model, made.strengths, seed)
+    if not workshop.limits:
+        made.ratios = workshop.quick_ratios(finished)
     if folder is not None:
-        keep(workshop, made, folder, seed, score)
+        keep(workshop, made, finished, folder, seed, score)
     return record("complete", score, ""), rung
 
 
@@ -266,7 +276,8 @@ def search(
             trial.set_user_attr(storage.SLOT, slot)
         with _lost_on_interrupt(trial, study), storage.mapped_storage_errors("the study"):
             choice = _choose(trial, workshop.plan, slot, budgeted=bool(workshop.limits))
-            trial.set_user_attr("choice", json.dumps({"procedures": dict(choice.procedures), "target": choice.target}))
+            choice = replace(choice, free_ending=first is not None and first.free_ending)
+            trial.set_user_attr("choice", json.dumps(asdict(choice)))
             names = " + ".join(key for key, _ in choice.procedures.values())
             progress(Progress("search", f"trial {slot}: {names}", share(), trial_records(study)))
             rungs = [t.user_attrs["rung"] for t in storage.finished(study) if "rung" in t.user_attrs]
@@ -293,7 +304,7 @@ def search(
                 study.tell(trial, state=TrialState.FAIL)
                 continue
             record = record.model_copy(update={"number": slot})
-            if record.state == "complete":
+            if record.state == "complete" and rung is not None:
                 trial.set_user_attr("rung", rung)
             trial.set_user_attr("record", record.model_dump(mode="json"))
             study.tell(trial, [record.validation or 0.0, workshop.load(record.ratios)])

@@ -26,7 +26,7 @@ from torchgraft.errors import BadInput
 from torchgraft.fit.budget import Limit
 from torchgraft.fit.plan import Plan
 
-__all__ = ["Choice", "Made", "Workshop"]
+__all__ = ["LAST", "Choice", "Made", "Workshop"]
 
 #: Which stage's strength is solved for, the first one present: the finer the dial, the sooner.
 FILLERS = ("width", "rank", "weights", "depth", "mixer", "precision")
@@ -46,10 +46,12 @@ class Choice:
     Args:
         procedures: stage -> (procedure key, strength); the strength of the filler stage is only a first guess.
         target: how far below the budget to aim, as a share of it; 1 aims at the budget itself.
+        free_ending: whether the precision procedure stands for all of them, so that the best one ends the model.
     """
 
     procedures: Mapping[str, tuple[str, float]]
     target: float = 1.0
+    free_ending: bool = False
 
     @property
     def filler(self) -> str | None:
@@ -64,7 +66,7 @@ class Made:
     Args:
         model: the float model before the precision stage (what recovery trains).
         strengths: procedure key -> strength, in order of application; precision included.
-        ratios: cost -> ratio to the original, as quickly measured on the finished model.
+        ratios: cost -> ratio to the original, as quickly measured on the finished model; empty without a budget.
         met: whether the quickly measured ratios meet the targets.
     """
 
@@ -118,8 +120,9 @@ class Workshop:
 
     @cached_property
     def _guide(self) -> Teacher:
-        """The original as a teacher of all recoveries, whose logits are kept where that soon pays."""
-        guide = Teacher(self.original, self.task)
+        """The original as a teacher of all recoveries, run as what is exact runs it; logits are kept where it pays."""
+        exact = {k: 1.0 for k in self.plan.stages.get(LAST[-1], {}) if self.plan.procedures[k].exact}
+        guide = Teacher(self.finish(self.original, exact, self.seed), self.task)
         size = len(self.task.train)
         return guide.prepare(size) if size <= KEPT_BATCHES * self.task.batch_size else guide
 
@@ -197,13 +200,13 @@ class Workshop:
     def make(self, choice: Choice, seed: int) -> Made:
         """Apply ``choice``, its filler's strength solved so that the aimed-at cost is met with as little as possible.
 
-        Without a budget there is nothing to aim at, and the strengths are those of the choice.
+        Without a budget there is nothing to aim at: the strengths are those of the choice, and nothing is measured.
 
         Returns:
             The float model, its strengths and quickly measured ratios; ``met`` says whether the aim was reached.
         """
         filler = choice.filler
-        watched = [limit.cost for limit in self.limits] or [self.primary]
+        watched = [limit.cost for limit in self.limits]
         prefix, prefix_until = self.original, -1
         if filler is not None and filler != "precision":
             prefix_until = STAGES.index(filler)
@@ -221,17 +224,18 @@ class Workshop:
                 strengths[key] = strength if stage == filler else given
                 if position >= max(prefix_until, 0) and stage not in LAST:
                     model = self._apply(model, key, strengths[key], seed)
-            made = Made(model, strengths)
-            made.ratios = self.quick_ratios(self.finish(model, strengths, seed), watched)
-            made.met = not self.limits or self._aim(made.ratios, choice.target) <= 1.0
+            made = Made(model, strengths, met=not self.limits)
+            if self.limits:
+                made.ratios = self.quick_ratios(self.finish(model, strengths, seed), watched)
+                made.met = self._aim(made.ratios, choice.target) <= 1.0
             return made
 
         low, high = 0.0, 1.0
         best: Made | None = None
         strength = min(max(choice.procedures[filler][1], 0.05), 1.0) if filler is not None else 1.0
         if not self.limits:
-            best = build(strength)
-        for _ in range(6 if self.limits else 0):
+            return build(strength)
+        for _ in range(6):
             made = build(strength)
             if made.met:
                 best, high = made, strength

@@ -128,6 +128,7 @@ class Int8Dynamic(Procedure):
         self.storage = storage
         self.backend = backend
         self.samples = samples
+        self.timed = backend == "auto"
 
     def for_costs(self, costs: Sequence[str]) -> Int8Dynamic:
         """Return this procedure, without timing where latency does not count; layers are then only stored in int8."""

@@ -1,0 +1,67 @@
+"""How the float model of a trial ends: in which precision, chosen by what each ending would hold."""
+
+from __future__ import annotations
+
+import math
+
+from torchgraft.errors import BadInput
+from torchgraft.fit.contribution import gains, promise
+from torchgraft.fit.plan import check_combination
+from torchgraft.fit.workshop import LAST, NOISY, Made, Workshop
+
+__all__ = ["FEWER", "LITTLE", "MORE", "USUAL", "chosen_ending"]
+
+#: The strength at which every precision procedure is tried, and those at which the best of them is tried then: fewer
+#: bits, and more of them where fewer did not do.
+USUAL, FEWER, MORE = 0.8, 1.0, 0.5
+#: Halvings that count for a cost that does not fall, so that gains in the others still tell.
+LITTLE = 0.05
+
+
+def chosen_ending(workshop: Workshop, made: Made, seed: int) -> tuple[dict[str, float], float]:
+    """Return the strengths of ``made`` with the precision procedure that holds most, and the validation score with it.
+
+    How deep a model may be cut must not depend on one precision that does not suit it. The float model has had its few
+    steps, and an ending costs no training. What counts is the score, of which recovery at length mends what the float
+    model has lost and not what rounding takes, times the halvings of exact costs. No times decide: procedures that
+    measure some wait for the end of the run.
+
+    Args:
+        workshop: what the trials share.
+        made: a model after its recovery, with a precision procedure among its strengths.
+        seed: the trial's seed.
+    """
+    members = workshop.plan.stages["precision"]
+    untimed = [key for key in members if not members[key].timed]
+    if not untimed:
+        return made.strengths, workshop.score_of(made, seed)
+    base, exact = float(workshop.validation.mean()), [cost for cost in workshop.costs if cost not in NOISY]
+    rest = {key: strength for key, strength in made.strengths.items() if key not in members}
+    plain = float(workshop.score(workshop.finish(made.model, rest, seed, stages=())).mean())
+    hoped = promise(plain, (), base, span=workshop.span)[0] - gains(plain, (), base, span=workshop.span)[0]
+    found: list[tuple[float, dict[str, float], float]] = []
+
+    def worth(key: str, strength: float) -> float:
+        strengths: dict[str, float] = {}
+        for other, value in made.strengths.items():
+            strengths |= {key: strength} if other in members else {other: value}
+        try:
+            check_combination(list(strengths))
+            model = workshop.finish(made.model, strengths, seed, stages=LAST[:1])
+            score = float(workshop.score(model).mean())
+        except BadInput:
+            return 0.0  # refused beside what stands there, or useless
+        ratios = workshop.quick_ratios(model, exact)
+        share, *halvings = gains(score, [ratios[cost] for cost in exact], base, span=workshop.span)
+        held = (share + hoped) * math.prod(max(value, LITTLE) for value in halvings) if share > 0.0 else 0.0
+        found.append((held, strengths, score))
+        return held
+
+    usual = {key: worth(key, USUAL) for key in untimed}
+    best = max(usual, key=usual.__getitem__)
+    if worth(best, FEWER) <= usual[best]:
+        worth(best, MORE)
+    if not found:
+        raise BadInput("no precision procedure can end this model")
+    most = max(found, key=lambda each: (each[0], each[2]))
+    return most[1], most[2]

@@ -1,0 +1,138 @@
+"""In which precision a trial ends: by hand on a table of scores and sizes, and on a real model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from torchgraft.contracts.subjects import case
+from torchgraft.errors import BadInput
+from torchgraft.fit.endings import FEWER, MORE, USUAL, chosen_ending
+from torchgraft.fit.plan import make_plan
+from torchgraft.fit.search import Effort, run_trial
+from torchgraft.fit.workshop import Choice, Made, Workshop
+
+CODES, POWERS, INT8 = "quantized-distillation", "nupes-power-quant", "int8-dynamic"
+Ending = tuple[str, float]
+
+
+@dataclass
+class _Shop:
+    """A workshop whose models are their strengths; scores and sizes stand in a table, a score of -1 is refused."""
+
+    table: Mapping[Ending, tuple[float, float]]
+    plain: float
+    asked: list[Ending] = field(default_factory=list)
+    costs: tuple[str, ...] = ("latency", "size")
+    span: float | None = None
+    validation: Tensor = field(default_factory=lambda: torch.tensor([1.0]))
+    timed: tuple[str, ...] = (INT8,)
+
+    @property
+    def plan(self) -> Any:
+        members = {key: SimpleNamespace(timed=key in self.timed) for key in (CODES, POWERS, INT8)}
+        return SimpleNamespace(stages={"width": {"taylor-pruning": None}, "precision": members})
+
+    def _ending(self, model: Mapping[str, float]) -> Ending | None:
+        return next(((k, s) for k, s in model.items() if k in self.plan.stages["precision"]), None)
+
+    def finish(
+        self, model: object, strengths: Mapping[str, float], seed: int, *, stages: Sequence[str]
+    ) -> dict[str, float]:
+        assert "execution" not in stages
+        return dict(strengths)
+
+    def score(self, model: Mapping[str, float]) -> Tensor:
+        ending = self._ending(model)
+        if ending is None:
+            return torch.tensor([self.plain])
+        self.asked.append(ending)
+        if self.table[ending][0] < 0:
+            raise BadInput("NaN")
+        return torch.tensor([self.table[ending][0]])
+
+    def quick_ratios(self, model: Mapping[str, float], costs: Sequence[str]) -> dict[str, float]:
+        assert list(costs) == ["size"]  # no time decides
+        ending = self._ending(model)
+        assert ending is not None
+        return {"size": self.table[ending][1]}
+
+    def score_of(self, made: Made, seed: int) -> float:
+        return 0.5
+
+
+def _made() -> Made:
+    return Made(nn.Identity(), {"taylor-pruning": 0.7, CODES: USUAL, "dycl-compile": 1.0})
+
+
+def test_the_ending_that_holds_most_is_taken_by_hand() -> None:
+    table = {
+        (CODES, USUAL): (0.90, 0.0625),  # a tenth is lost: worth nothing, whatever recovery may mend
+        (POWERS, USUAL): (0.94, 0.125),
+        (POWERS, FEWER): (0.92, 0.0625),
+        (POWERS, MORE): (0.95, 0.177),
+    }
+    shop: Any = _Shop(table, plain=0.95)
+    strengths, score = chosen_ending(shop, _made(), 0)
+    # Of the float model's fall of 0.05 recovery leaves 0.0175, so that 0.325 of the score's share is hoped for:
+    # (0.4 + 0.325) x 3 = 2.175 at the usual strength, (0.2 + 0.325) x 4 = 2.1 with fewer bits, and with more
+    # (0.5 + 0.325) x 2.5 = 2.06.
+    assert strengths == {"taylor-pruning": 0.7, POWERS: USUAL, "dycl-compile": 1.0}
+    assert list(strengths) == ["taylor-pruning", POWERS, "dycl-compile"]  # the order in which they are applied
+    assert score == pytest.approx(0.94)
+    assert shop.asked == [(CODES, USUAL), (POWERS, USUAL), (POWERS, FEWER), (POWERS, MORE)]
+    # Without the hope for recovery fewer bits would hold less: 0.2 x 4 against 0.4 x 3; with more of it they hold more.
+    deeper: Any = _Shop(table, plain=0.9)  # 0.65 is hoped for: 1.05 x 3 = 3.15, 0.85 x 4 = 3.4
+    assert chosen_ending(deeper, _made(), 0)[0][POWERS] == FEWER
+    assert (POWERS, MORE) not in deeper.asked  # fewer bits did better, so that more are not asked for
+
+
+def test_more_bits_end_what_few_bits_break() -> None:
+    table = {
+        (CODES, USUAL): (0.5, 0.05),
+        (POWERS, USUAL): (-1.0, 0.05),
+        (CODES, FEWER): (0.4, 0.04),
+        (CODES, MORE): (0.99, 0.2),
+    }
+    shop: Any = _Shop(table, plain=1.0)
+    strengths, score = chosen_ending(shop, _made(), 0)
+    assert (strengths[CODES], score) == (MORE, pytest.approx(0.99))
+
+
+def test_what_measures_times_waits_for_the_end_of_the_run() -> None:
+    shop: Any = _Shop({}, plain=1.0, timed=(CODES, POWERS, INT8))
+    made = _made()
+    assert chosen_ending(shop, made, 0) == (made.strengths, 0.5)
+    assert shop.asked == []
+
+
+def test_where_every_ending_is_refused_the_trial_says_so() -> None:
+    broken = (-1.0, 0.1)
+    shop: Any = _Shop({(CODES, s): broken for s in (USUAL, FEWER, MORE)} | {(POWERS, USUAL): broken}, plain=1.0)
+    with pytest.raises(BadInput, match="no precision procedure"):
+        chosen_ending(shop, _made(), 0)
+
+
+def test_a_trial_ends_as_chosen_and_is_measured_so() -> None:
+    tiny = case("cnn")
+    plan = make_plan(tiny.model, tiny.task, wanted=["magnitude-pruning", CODES, POWERS], costs=["size"])
+    shop = Workshop(tiny.task, tiny.model, plan, [], ["size"])
+    choice = Choice({"width": ("magnitude-pruning", 0.5), "precision": (CODES, USUAL)}, free_ending=True)
+    effort = Effort(1, None, None, 2, 0)
+    found, rung = run_trial(shop, choice, effort, 0, [], None)
+    assert rung is None  # none is stopped early without a budget
+    made = shop.make(choice, 0)
+    shop.recover(made.model, steps=2, seed=1)
+    strengths, score = chosen_ending(shop, made, 0)
+    assert found.procedures == strengths
+    assert found.validation == score
+    assert found.ratios == shop.quick_ratios(shop.finish(made.model, strengths, 0))
+    # One that is not free ends as it says.
+    fixed, _ = run_trial(shop, Choice(choice.procedures), effort, 0, [], None)
+    assert fixed.procedures == {"magnitude-pruning": 0.5, CODES: USUAL}
