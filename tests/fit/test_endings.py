@@ -73,24 +73,36 @@ def _made() -> Made:
 
 def test_the_ending_that_holds_most_is_taken_by_hand() -> None:
     table = {
-        (CODES, USUAL): (0.90, 0.0625),  # a tenth is lost: worth nothing, whatever recovery may mend
+        (CODES, USUAL): (0.85, 0.0625),
         (POWERS, USUAL): (0.94, 0.125),
         (POWERS, FEWER): (0.92, 0.0625),
         (POWERS, MORE): (0.95, 0.177),
     }
     shop: Any = _Shop(table, plain=0.95)
     strengths, score = chosen_ending(shop, _made(), 0)
-    # Of the float model's fall of 0.05 recovery leaves 0.0175, so that 0.325 of the score's share is hoped for:
-    # (0.4 + 0.325) x 3 = 2.175 at the usual strength, (0.2 + 0.325) x 4 = 2.1 with fewer bits, and with more
-    # (0.5 + 0.325) x 2.5 = 2.06.
+    # Of the float model's fall of 0.05 recovery mends 0.0325, and a tenth lost is nothing kept: codes would keep
+    # nothing, powers (0.4 + 0.325) x 3 = 2.175, with fewer bits (0.2 + 0.325) x 4 = 2.1, with more 0.825 x 2.5 = 2.06.
     assert strengths == {"taylor-pruning": 0.7, POWERS: USUAL, "dycl-compile": 1.0}
     assert list(strengths) == ["taylor-pruning", POWERS, "dycl-compile"]  # the order in which they are applied
     assert score == pytest.approx(0.94)
     assert shop.asked == [(CODES, USUAL), (POWERS, USUAL), (POWERS, FEWER), (POWERS, MORE)]
-    # Without the hope for recovery fewer bits would hold less: 0.2 x 4 against 0.4 x 3; with more of it they hold more.
-    deeper: Any = _Shop(table, plain=0.9)  # 0.65 is hoped for: 1.05 x 3 = 3.15, 0.85 x 4 = 3.4
+    # Where the float model has lost more, more is mended, 0.065, and fewer bits hold more: 1.05 x 3, 0.85 x 4.
+    deeper: Any = _Shop(table, plain=0.9)
     assert chosen_ending(deeper, _made(), 0)[0][POWERS] == FEWER
     assert (POWERS, MORE) not in deeper.asked  # fewer bits did better, so that more are not asked for
+
+
+def test_what_a_deep_cut_has_lost_does_not_hide_which_ending_suits_it() -> None:
+    # No ending keeps anything yet; with 0.195 mended, codes would hold 0 x 4 and powers 0.45 x 3.
+    table = {
+        (CODES, USUAL): (0.65, 0.0625),
+        (POWERS, USUAL): (0.75, 0.125),
+        (POWERS, FEWER): (0.6, 0.0625),
+        (POWERS, MORE): (0.7, 0.177),
+    }
+    shop: Any = _Shop(table, plain=0.7)
+    strengths, score = chosen_ending(shop, _made(), 0)
+    assert (strengths[POWERS], score) == (USUAL, pytest.approx(0.75))
 
 
 def test_more_bits_end_what_few_bits_break() -> None:

@@ -117,3 +117,19 @@ def test_each_procedure_is_told_what_it_did_where_several_act_on_one_layer() -> 
     assert norms.changes["stem"] == "norm folded in"
     assert all("kept" not in words for words in norms.changes.values())
     assert set(width.changes) & set(norms.changes)  # the same layers, told twice
+
+
+def test_sparse_weights_are_not_said_to_be_pruned_widths() -> None:
+    from torchgraft.contracts.subjects import case
+    from torchgraft.shrink.prune.fast_sparse_conv import FastSparseConv
+    from torchgraft.shrink.prune.magnitude_pruning import MagnitudePruning
+
+    tiny = case("transformer")
+    cut = MagnitudePruning().apply(tiny.model, tiny.task, 0.5)
+    model = FastSparseConv(timed=False).apply(cut, tiny.task, 0.9)
+    finalist = finals.Finalist("trial-0", model, {"magnitude-pruning": 0.5, "fast-sparse-conv": 0.9}, 0, torch.ones(4))
+    width, weights = finals._applied(SimpleNamespace(), finalist)  # type: ignore[arg-type]
+    assert width.changes
+    assert not any("sparse" in words for words in width.changes.values())
+    assert weights.changes
+    assert all("executed sparse" in words for words in weights.changes.values())

@@ -11,9 +11,11 @@ from torch import nn
 import torchgraft
 from torchgraft.bench.tasks import load_task
 from torchgraft.contracts.subjects import case
+from torchgraft.engines import width
 from torchgraft.engines.control_flow import execution
 from torchgraft.engines.control_flow.execution import RunCompiled
 from torchgraft.engines.surgery.edits import history
+from torchgraft.engines.width import prepare
 from torchgraft.fit.budget import Limit
 from torchgraft.fit.plan import make_plan
 from torchgraft.fit.workshop import LAST, SLACK, Choice, Workshop
@@ -105,3 +107,28 @@ def test_a_run_of_nothing_but_what_is_exact_ends_well(tmp_path: Path) -> None:
     result = torchgraft.fit(tiny.task, costs=["size"], trials=2, procedures=["norm-folding"], out=tmp_path)
     assert {tuple(trial.procedures) for trial in result.record.trials} == {("norm-folding",)}
     assert result.front[0].name == "original"
+
+
+def test_what_can_be_cut_in_a_shortened_model_is_found_once_and_training_does_not_reach_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tiny = case("transformer")
+    plan = make_plan(tiny.model, tiny.task, wanted=["chain-of-layers", "magnitude-pruning"], costs=["size"])
+    shop = Workshop(tiny.task, tiny.model, plan, [], ["size"])
+    traced: list[nn.Module] = []
+    monkeypatch.setattr(
+        width, "prepare", lambda model, *given, **named: (traced.append(model), prepare(model, *given, **named))[1]
+    )
+    depth = {"depth": ("chain-of-layers", 0.5)}
+    choices = [Choice({**depth, "width": ("magnitude-pruning", strength)}) for strength in (0.4, 0.9)]
+    models = [shop.make(choice, seed).model for seed, choice in enumerate(choices)]
+    assert len(traced) == 1
+    assert sum(p.numel() for p in models[0].parameters()) > sum(p.numel() for p in models[1].parameters())
+    # A model that only lost layers is its trial's own.
+    first, second = (shop.make(Choice(depth), seed).model for seed in (0, 1))
+    before = {name: value.clone() for name, value in second.state_dict().items()}
+    assert shop.recover(first, steps=2, seed=0) == 2
+    third = shop.make(Choice(depth), 2).model
+    for model in (second, third):
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not all(torch.equal(value, before[name]) for name, value in first.state_dict().items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from torchgraft.errors import BadInput
-from torchgraft.fit.contribution import gains, promise
+from torchgraft.fit.contribution import LEFT, gains
 from torchgraft.fit.plan import check_combination
 from torchgraft.fit.workshop import LAST, NOISY, Made, Workshop
 
@@ -38,7 +38,7 @@ def chosen_ending(workshop: Workshop, made: Made, seed: int) -> tuple[dict[str, 
     base, exact = float(workshop.validation.mean()), [cost for cost in workshop.costs if cost not in NOISY]
     rest = {key: strength for key, strength in made.strengths.items() if key not in members}
     plain = float(workshop.score(workshop.finish(made.model, rest, seed, stages=())).mean())
-    hoped = promise(plain, (), base, span=workshop.span)[0] - gains(plain, (), base, span=workshop.span)[0]
+    mended = (1.0 - LEFT) * max(base - plain, 0.0)
     found: list[tuple[float, dict[str, float], float]] = []
 
     def worth(key: str, strength: float) -> float:
@@ -52,8 +52,8 @@ def chosen_ending(workshop: Workshop, made: Made, seed: int) -> tuple[dict[str, 
         except BadInput:
             return 0.0  # refused beside what stands there, or useless
         ratios = workshop.quick_ratios(model, exact)
-        share, *halvings = gains(score, [ratios[cost] for cost in exact], base, span=workshop.span)
-        held = (share + hoped) * math.prod(max(value, LITTLE) for value in halvings) if share > 0.0 else 0.0
+        share, *halvings = gains(score + mended, [ratios[cost] for cost in exact], base, span=workshop.span)
+        held = share * math.prod(max(value, LITTLE) for value in halvings)
         found.append((held, strengths, score))
         return held
 

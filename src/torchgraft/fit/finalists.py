@@ -124,7 +124,9 @@ def other_endings(workshop: Workshop, polished: Sequence[Finalist], until: float
     """
     stage = workshop.plan.stages.get("precision", {})
     found = []
-    for key, finalist, strength in itertools.product(stage, polished, ENDINGS):
+    ways = itertools.product(stage, ENDINGS, polished)
+    # What suits a model best was seen when it was tried; the same with more or fewer bits is nearest to that.
+    for key, strength, finalist in sorted(ways, key=lambda way: way[0] not in way[2].strengths):
         own = {k: s for k, s in finalist.strengths.items() if k not in stage}
         strengths = {**own, key: strength}
         if strengths == finalist.strengths or not own or time.monotonic() > until:

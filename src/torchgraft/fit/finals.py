@@ -193,16 +193,18 @@ def _applied(workshop: Workshop, finalist: Finalist) -> list[Applied]:
         applied.append((card, strength, own))
     if applied and homes:  # edits whose home is an engine belong to the procedures that have none of their own
         shared = [entry for own in homes.values() for entry in own.items()]
-        # The words of folded norms name layers, so they are looked for first.
-        by_stage = {
-            "execution": "program",
-            "norms": "norm",
-            "mixer": "linear attention",
-            "depth": "layer",
-            "width": "kept",
-            "rank": "rank",
-        }
-        for stage, word in by_stage.items():
+        # The words of folded norms name layers, and those of sparse weights say how many are kept: they come first.
+        by_stage = (
+            ("execution", "program"),
+            ("weights", "sparse"),
+            ("weights", "stored in bits"),
+            ("norms", "norm"),
+            ("mixer", "linear attention"),
+            ("depth", "layer"),
+            ("width", "kept"),
+            ("rank", "rank"),
+        )
+        for stage, word in by_stage:
             for own in (own for card, _, own in applied if card.stage == stage):
                 own.update((m, w) for m, w in shared if word in w)
                 shared = [(m, w) for m, w in shared if word not in w]

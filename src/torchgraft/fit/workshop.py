@@ -113,6 +113,8 @@ class Workshop:
         self.span = None if max_drop is None else max(2.0 * max_drop, 1e-6)
         self.task, self.original, self.plan = task, original, plan
         self.limits, self.costs, self.ignore, self.seed = tuple(limits), tuple(costs), tuple(ignore), seed
+        #: Models that lost layers only, by their edits, so that what can be cut in each is found out once.
+        self._shorter: dict[tuple[str, ...], nn.Module] = {}
         self.baseline = meters.measure(original, task.example, costs=self.costs)
         self.validation = evaluate(original, task, task.val)
         if not bool(torch.isfinite(self.validation).all()):
@@ -175,7 +177,12 @@ class Workshop:
         procedure = self.plan.procedures[key]
         if strength > 0 and not procedure.applies_to(model, self.task, ignore=self.ignore):
             return model  # an earlier procedure has left nothing to act on
-        return procedure.apply(model, self.task, strength, ignore=self.ignore, seed=seed)
+        made = procedure.apply(model, self.task, strength, ignore=self.ignore, seed=seed)
+        card = procedure.card
+        if model is self.original and card.stage == "depth" and "needs-training" not in card.capabilities:
+            edits = tuple(edit.model_dump_json() for edit in history(made)[len(history(model)) :])
+            made = self._shorter.setdefault(edits, made)
+        return made
 
     def finish(
         self, model: nn.Module, strengths: Mapping[str, float], seed: int, *, stages: Sequence[str] = LAST
@@ -224,6 +231,8 @@ class Workshop:
                 strengths[key] = strength if stage == filler else given
                 if position >= max(prefix_until, 0) and stage not in LAST:
                     model = self._apply(model, key, strengths[key], seed)
+            if any(model is shorter for shorter in self._shorter.values()):
+                model = copy.deepcopy(model)  # it is going to be trained
             made = Made(model, strengths, met=not self.limits)
             if self.limits:
                 made.ratios = self.quick_ratios(self.finish(model, strengths, seed), watched)
