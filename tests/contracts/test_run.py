@@ -10,6 +10,7 @@ import pytest
 from torchgraft.catalogue import lookup
 from torchgraft.contracts import CHECKS, Check, CheckFailure, CheckResult, Subject, checks_for, run_checks
 from torchgraft.contracts.run import run_check
+from torchgraft.contracts.subjects import cases_of
 from torchgraft.errors import BadInput
 
 CARD = lookup("magnitude-pruning")
@@ -84,3 +85,12 @@ def test_results_come_one_by_one() -> None:
     seen: list[str] = []
     results = run_checks(card, on_result=lambda result: seen.append(result.check))
     assert seen == [result.check for result in results] == [check.name for check in CHECKS if check.applies(card)]
+
+
+def test_a_particular_model_is_checked_for_the_cards_that_name_it() -> None:
+    named = CARD.model_copy(update={"example": {"model": "recurrent"}})
+    for card, last in ((CARD, "transformer"), (named, "recurrent")):
+        subject = Subject(card, None, types.ModuleType("toy"))
+        assert cases_of(subject, lambda model, task: [model])[-1].name == last
+    with pytest.raises(CheckFailure, match="none of the check models mlp, cnn, transformer, recurrent"):
+        cases_of(Subject(named, None, types.ModuleType("toy")), lambda model, task: [])

@@ -8,8 +8,46 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchgraft.bench.meters import macs
-from torchgraft.elastic.dynamic_perceiver import EXITS, DynPerceiver, ExitPolicy, exit_loss
+from torchgraft.contracts import Check, Subject, checks_for, modules
+from torchgraft.contracts.run import run_check
+from torchgraft.elastic import dynamic_perceiver
+from torchgraft.elastic.dynamic_perceiver import CARD, EXITS, DynPerceiver, ExitPolicy, exit_loss
 from torchgraft.errors import BadInput
+
+#: What the card would say if it were that of the network alone.
+PART = CARD.model_copy(
+    update={
+        "kind": "part",
+        "entry": "DynPerceiver",
+        "capabilities": frozenset({"channels-first"}),
+        "example": {"channels": 3, "classes": 5, "width": 8, "latents": 16, "reduce": 2, "kernel": 3},
+        "shapes": ((4, 3, 16, 16),),
+        "declared": {
+            "parameters": "9 * channels * width + 9 * 42 * width**2 + 9 * 85 * width**2"  # convolutions
+            " + 4 * 15 * width"  # and their norms
+            " + latents * width + kernel**2 * 15 * width"  # latent tokens, depth-wise convolutions
+            " + 2 * (5 * 15 * width + 4 * 85 * width**2 // reduce)"  # both directions of cross-attention
+            " + 8 * 85 * width**2 + 8 * 15 * width"  # self-attention
+            " + 6 * 7 * width + 2 * 21 * width**2 + 21 * latents**2 // 32 + 7 * latents // 8"  # between stages
+            " + 2 * (classes**2 + 3 * classes) + 36 * width * classes + 2 * classes**2 + 4 * classes"  # exits
+            " + 2 * (16 * width + classes)"
+        },
+    }
+)
+PROMISED = [check for check in checks_for(PART) if check in modules.CHECKS or check.name == "entry-is-documented"]
+SUBJECT = Subject(PART, DynPerceiver, dynamic_perceiver)
+
+
+@pytest.mark.parametrize("check", PROMISED, ids=lambda check: check.name)
+def test_the_network_keeps_the_contract_of_parts(check: Check) -> None:
+    result = run_check(check, SUBJECT)
+    assert result.outcome == "passed", result.reason
+
+
+def test_the_contract_of_parts_is_all_that_a_part_promises_beside_its_card() -> None:
+    others = {check.name for check in checks_for(PART)} - {check.name for check in PROMISED}
+    assert others <= {check.name for check in checks_for(CARD)}
+    assert len(PROMISED) >= 23
 
 
 def model(**changes: object) -> DynPerceiver:

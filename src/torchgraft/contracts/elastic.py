@@ -182,6 +182,15 @@ def check_elastic_training_reaches_the_smaller_budgets(subject: Subject) -> None
         require(bool(moved), f"{tiny.name}: training moves none of the budgets {first.budgets[:-1]}")
 
 
+def check_elastic_without_training_trains_nothing(subject: Subject) -> None:
+    """Where the card declares no training, none is done: no step is taken, and no weight or budget moves."""
+    for tiny in _cases(subject):
+        elastic = _built(subject, tiny)
+        steps = _procedure(subject).train(elastic, tiny.task, steps=_STEPS)
+        require(steps == 0, f"{tiny.name}: {steps} steps, though the card lacks needs-training")
+        same_state(_built(subject, tiny), elastic, f"{tiny.name}: after training, though the card lacks needs-training")
+
+
 def check_elastic_training_ends_in_time(subject: Subject) -> None:
     """A deadline that has passed allows one step at most, and a negative number of steps is refused."""
     tiny = _cases(subject)[0]
@@ -271,23 +280,34 @@ def _is_elastic(card: Card) -> bool:
     return card.kind == "procedure" and "elastic" in card.capabilities
 
 
-CHECKS = tuple(
-    Check(function, _is_elastic)
-    for function in (
-        check_budgets_rise_to_one,
-        check_full_budget_equals_the_original,
-        check_smaller_budgets_differ,
-        check_costs_are_what_they_say,
-        check_a_sample_alone_equals_it_in_a_batch,
-        check_switching_is_quick_and_copies_nothing,
-        check_bad_budgets_are_refused,
-        check_elastic_original_is_untouched,
-        check_elastic_training_reaches_the_smaller_budgets,
-        check_elastic_training_ends_in_time,
-        check_elastic_sees_training_samples_only,
-        check_elastic_reload_gives_the_same_outputs,
-        check_elastic_copy_is_independent,
-        check_elastic_ignored_modules_stay,
-        check_elastic_model_without_sites_is_refused,
-    )
+def _trains(card: Card) -> bool:
+    return _is_elastic(card) and "needs-training" in card.capabilities
+
+
+def _trains_not(card: Card) -> bool:
+    return _is_elastic(card) and "needs-training" not in card.capabilities
+
+
+CHECKS = (
+    *(
+        Check(function, _is_elastic)
+        for function in (
+            check_budgets_rise_to_one,
+            check_full_budget_equals_the_original,
+            check_smaller_budgets_differ,
+            check_costs_are_what_they_say,
+            check_a_sample_alone_equals_it_in_a_batch,
+            check_switching_is_quick_and_copies_nothing,
+            check_bad_budgets_are_refused,
+            check_elastic_original_is_untouched,
+            check_elastic_training_ends_in_time,
+            check_elastic_sees_training_samples_only,
+            check_elastic_reload_gives_the_same_outputs,
+            check_elastic_copy_is_independent,
+            check_elastic_ignored_modules_stay,
+            check_elastic_model_without_sites_is_refused,
+        )
+    ),
+    Check(check_elastic_training_reaches_the_smaller_budgets, _trains),
+    Check(check_elastic_without_training_trains_nothing, _trains_not),
 )

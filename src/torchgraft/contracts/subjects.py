@@ -19,6 +19,7 @@ from torchgraft.contracts.check import Subject, require
 
 __all__ = [
     "MODELS",
+    "PARTICULAR",
     "Bare",
     "Case",
     "Guarded",
@@ -123,6 +124,55 @@ class Transformer(nn.Module):
         return out
 
 
+class Recurrent(nn.Module):
+    """An LSTM of two layers and both directions, a GRU that takes time first, and a tanh RNN, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, 16, num_layers=2, bidirectional=True, batch_first=True)
+        self.gru = nn.GRU(32, 16)
+        self.rnn = nn.RNN(16, 16, batch_first=True)
+        self.head = nn.Linear(16, _CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, 6, 8) to (B, classes)."""
+        both, _ = self.lstm(x)
+        first, _ = self.gru(both.transpose(0, 1))
+        states, _ = self.rnn(first.transpose(0, 1))
+        out: Tensor = self.head(states.mean(1))
+        return out
+
+
+class _DecoderLayer(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, -1)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+class Decoder(nn.Module):
+    """Two causal layers over twelve tokens, whose last gives the answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 32)
+        self.layers = nn.Sequential(*(_DecoderLayer(32) for _ in range(2)))
+        self.norm = nn.LayerNorm(32)
+        self.head = nn.Linear(32, _CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, 12, 8) to (B, classes)."""
+        out: Tensor = self.head(self.norm(self.layers(self.embed(x))[:, -1]))
+        return out
+
+
 class Guess(nn.Module):
     """A model that calls another after a branch on its data, which no static trace can follow."""
 
@@ -180,7 +230,7 @@ class Case:
     """A check model and its task.
 
     Args:
-        name: the model's name in :data:`MODELS`.
+        name: the model's name in :data:`MODELS` or :data:`PARTICULAR`.
         build: ``build(seed)`` -> the architecture with random weights, in eval mode.
         task: random samples of its inputs.
     """
@@ -206,6 +256,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "cnn": (Cnn, (1, 8, 8)),
     "transformer": (Transformer, (6, 8)),
 }
+#: Check models of a kind that few procedures act on, each for the cards that name it: ``example={"model": ...}``.
+PARTICULAR: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "recurrent": (Recurrent, (6, 8)),
+    "decoder": (Decoder, (12, 8)),
+}
 
 
 def case(name: str) -> Case:
@@ -216,7 +271,7 @@ def case(name: str) -> Case:
         >>> output(tiny.model, tiny.inputs).shape
         torch.Size([8, 4])
     """
-    make, shape = MODELS[name]
+    make, shape = {**MODELS, **PARTICULAR}[name]
 
     def build(seed: int) -> nn.Module:
         with torch.random.fork_rng():
@@ -259,11 +314,17 @@ def cases_of(subject: Subject, applies: Callable[[nn.Module, Task], Sequence[Any
         applies: its ``applies_to``.
     """
     if "cases" not in subject.kept:
-        cases = [case(name) for name in MODELS]
+        cases = [case(name) for name in _names(subject.card)]
         subject.kept["cases"] = [tiny for tiny in cases if applies(tiny.model, tiny.task)]
     found: list[Case] = subject.kept["cases"]
-    require(bool(found), f"{subject.card.key} applies to none of the check models {', '.join(MODELS)}")
+    require(bool(found), f"{subject.card.key} applies to none of the check models {', '.join(_names(subject.card))}")
     return found
+
+
+def _names(card: Card) -> list[str]:
+    """Return the check models of a procedure: those for all, and one of :data:`PARTICULAR` where its card names it."""
+    named = card.example.get("model")
+    return [*MODELS, *(name for name in PARTICULAR if name == named)]
 
 
 def settings(card: Card) -> dict[str, Any]:

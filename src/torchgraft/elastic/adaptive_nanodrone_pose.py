@@ -14,7 +14,6 @@ reads the margin off the small network's own classes, where the paper has a head
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -23,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.bench.meters import macs
-from torchgraft.bench.meters.forward import resting
 from torchgraft.bench.task import Task, take
 from torchgraft.catalogue import Card
 from torchgraft.catalogue.card import Claim
@@ -37,10 +35,11 @@ from torchgraft.engines.nesting import (
     settle,
     uncompounded,
 )
+from torchgraft.engines.nesting.by_sample import apart, without_margin
 from torchgraft.engines.nesting.little_first import AddLittle, LittleFirstModel, margins
 from torchgraft.engines.sites import Refusal, Site
 from torchgraft.engines.surgery.edits import Edit
-from torchgraft.engines.width import Study, calibration, study
+from torchgraft.engines.width import Study, study
 from torchgraft.errors import BadInput
 
 __all__ = [
@@ -181,10 +180,6 @@ def margin(logits: Tensor) -> float:
         0.0
     """
     return float(margins(logits.detach().flatten()))
-
-
-#: The fewest training samples that are kept from the small network, to find thresholds on.
-_LEAST_HELD = 64
 
 
 def error_table(cells: Tensor, small: Tensor, big: Tensor, *, size: int) -> Tensor:
@@ -360,14 +355,14 @@ class LittleFirst(ElasticProcedure):
 
     def applies_to(self, model: nn.Module, task: Task, *, ignore: Sequence[str] = ()) -> list[Site]:
         """Return the groups of dimensions that the small network is cut in. See :class:`ElasticProcedure`."""
-        if _without_margin(model, task):
+        if without_margin(model, task):
             return []
         groups = self._study(model, task, ignore).groups.values()
         return [Site(group.name, group.kind, group.size, group.size * group.parameters) for group in groups]
 
     def refusals(self, model: nn.Module, task: Task, *, ignore: Sequence[str] = ()) -> list[Refusal]:
         """Return why no sample has a margin, or what cannot be cut. See :class:`ElasticProcedure`."""
-        why = _without_margin(model, task)
+        why = without_margin(model, task)
         if why:
             return [Refusal("the whole model", why)]
         return list(self._study(model, task, ignore).structure.refused)
@@ -386,61 +381,21 @@ class LittleFirst(ElasticProcedure):
     def initialise(self, elastic: ElasticModule, task: Task, *, seed: int = 0) -> None:
         """Measure the small network's batch norms and find thresholds. See :class:`ElasticProcedure`."""
         model = _little(elastic)
-        learn, held = self._apart(task, seed)
+        learn, held = apart(task, self.samples, seed)
         settle(model.small, batches(learn, seed=seed))
         model.set_thresholds(held, batch_size=task.batch_size)
-
-    def _apart(self, task: Task, seed: int) -> tuple[Task, Tensor]:
-        """Return the task with the samples that the small network learns from, and inputs to find thresholds on.
-
-        A network is surer of what it has learned from, so thresholds found there call the original too often later.
-        Where a fifth of the training samples is too few to find a threshold on, all serve for both.
-        """
-        count = min(self.samples, len(task.train) // 5)
-        if count < _LEAST_HELD:
-            learn, held = task, calibration(task, self.samples, seed)
-        else:
-            order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(seed))
-            learn, held = copy.copy(task), task.train[order[:count].sort().values]
-            learn.train = task.train[order[count:].sort().values]
-        if not isinstance(held.inputs, Tensor):
-            raise BadInput(f"{CARD.key} needs inputs of one tensor, got {type(held.inputs).__name__}")
-        return learn, held.inputs
 
     def train(
         self, elastic: ElasticModule, task: Task, *, steps: int, seed: int = 0, deadline: float | None = None
     ) -> int:
         """Train the small network to follow the original, then find thresholds anew. See :class:`ElasticProcedure`."""
         model = _little(elastic)
-        learn, _ = self._apart(task, seed)
+        learn, _ = apart(task, self.samples, seed)
         record = distill(model.small, model.big, learn, steps=steps, seed=seed, alpha=self.alpha, deadline=deadline)
         if record.steps:
             self.initialise(model, task, seed=seed)
         model.eval()
         return record.steps
-
-
-def _without_margin(model: nn.Module, task: Task) -> str:
-    """Return why the small network could not tell sample by sample whether it is sure; an empty string if it can."""
-    if task.distill != "classes":
-        return "its outputs are values, which have no margin, and how far they move shows on a stream alone"
-    if not isinstance(task.train.inputs, Tensor):
-        return "it takes more than one tensor, or takes it by name"
-    few = task.train.inputs[:4]
-    half = (len(few) + 1) // 2
-    with resting(model), torch.no_grad():
-        out, part = model(few), model(few[:half])
-    if not isinstance(out, Tensor):
-        return f"it returns {type(out).__name__}, not one tensor of logits"
-    if out.ndim != 2 or len(out) != len(few) or out.shape[1] < 2:
-        return f"it gives outputs of shape {tuple(out.shape)} for {len(few)} samples, not two classes or more for each"
-    logits = task.output_logits(out)
-    if logits.shape != out.shape or not torch.equal(logits, out):
-        return "the task takes its logits from a part of the output"
-    scale = float(out.abs().max())
-    if part.shape != out[:half].shape or not torch.allclose(part, out[:half], rtol=1e-3, atol=1e-3 * max(scale, 1e-6)):
-        return "what it says of a sample depends on the others of its batch"
-    return ""
 
 
 def _little(elastic: ElasticModule) -> LittleFirstModel:

@@ -5,6 +5,9 @@ convolutions, pools, residuals and encoder layers, and structured pruning adapte
 
     o_t = b + sum_k W_k x_{t - (K - 1 - k) D};  delay D (K - 1) - p;  W_hat = (W + W_up W_down) * (m_out m_in^T)
 
+It is no lever of ``fit``: what it makes takes a frame and a state where the model took a clip, so that one pass of the
+two is not the same work.
+
 Departures:
 - The ring of a convolution holds the last D(K - 1) frames, not the partial sums of outputs to come: the same K products
   a frame, summed in the clip's order, so that outputs agree to rounding.

@@ -7,32 +7,55 @@ Equation: ``C = the floor(beta N) neurons most often among a token's top floor(a
 ``y = W_down[:, C] (act(W_gate[C] h) * (W_up[C] h)) + b``.
 
 Departures: several sequences of a batch have a set each, where the paper's code takes one sequence. Neurons with equal
-counts are ranked by their summed activation.
+counts are ranked by their summed activation. All feed-forward layers are sparse unless ``layers`` says otherwise; the
+paper leaves the first and the last dense.
 
-It is no lever of ``fit``: the neurons that a prompt chooses save work on the tokens that are decoded after it, and the
-pass over a whole sample, which ``fit`` scores and times, is the prompt.
+:func:`coreinfer` is the paper's method: a prompt is read, and what is decoded after it is sparse. :class:`CoreNeurons`
+is the lever of ``fit --elastic``, which scores and times one pass over whole samples: there the prompt is the first
+quarter of each sequence, whose answers are those of the original, and only the rest is sparse. Each budget is a beta of
+its own. It is for causal models; nothing is trained, and how long a sequence is decides where its prompt ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from torchgraft.bench.meters.forward import resting
-from torchgraft.bench.task import Inputs, call
+from torchgraft.bench.task import Inputs, Task, call, take
 from torchgraft.catalogue import Card
 from torchgraft.catalogue.card import Claim
-from torchgraft.engines.feedforward import ACTIVATIONS, FeedForwardLayer, feedforwards
+from torchgraft.engines.feedforward import FeedForwardLayer, feedforwards
+from torchgraft.engines.nesting import ElasticModule, ElasticProcedure
+from torchgraft.engines.nesting.core_neurons import (
+    CoreModel,
+    KeepCores,
+    SparseFeedForward,
+    batched_cores,
+    batched_counts,
+    core_places,
+)
+from torchgraft.engines.sites import Refusal, Site, ignored
+from torchgraft.engines.surgery.edits import Edit
 from torchgraft.engines.surgery.swap import replace_module
 from torchgraft.errors import BadInput
 
-__all__ = ["CARD", "Clusters", "Cores", "cluster_cores", "core_counts", "core_overlap", "core_sets", "coreinfer"]
+__all__ = [
+    "CARD",
+    "Clusters",
+    "CoreNeurons",
+    "Cores",
+    "cluster_cores",
+    "core_counts",
+    "core_overlap",
+    "core_sets",
+    "coreinfer",
+]
 
 CARD = Card(
     key="coreinfer",
@@ -41,17 +64,21 @@ CARD = Card(
     authors="Wang, Vahidian, Ye, Gu, Zhang and Chen, 2024",
     reference="https://arxiv.org/abs/2410.18311",
     family="elastic",
-    kind="tool",
-    engine=("taps", "surgery"),
+    kind="procedure",
+    engine=("nesting", "taps", "surgery"),
     equation="C = top floor(beta N) by |{m : j in top floor(alpha n_pos) of a(x_m)}|; "
     "y = W_down[:, C] (act(W_gate[C] h) * (W_up[C] h)) + b",
-    entry="coreinfer",
+    entry="CoreNeurons",
+    capabilities=frozenset({"elastic", "needs-data"}),
+    example={"model": "decoder"},
     oracles=(
         "with all neurons kept the outputs are the dense model's, and for any set those of the dense layer with the "
         "activations outside the set at zero, to 1e-12 in float64",
         "where the tokens to come activate only neurons of the set, sparse and dense decoding are equal",
         "counts sum to the number of a token's core neurons over all tokens, and floor(beta N) neurons are kept",
         "the dense model is back when the block ends, also by an exception",
+        "in one pass the first tokens say what the original says, the neurons of the others are those that a loop over "
+        "sequences chooses, and no later token changes what an earlier one gives",
     ),
     claim=Claim(
         text="A 2-layer ReLU byte transformer (width 64, 256 neurons) trained on Python sources continues 64-byte "
@@ -60,9 +87,11 @@ CARD = Card(
         figure="core neurons lose < 15 % of the gap (random - dense), and the overlap between cores of two halves of "
         "one text exceeds that across kinds of text (prose and tables) by >= 0.1 (mean of 3 seeds)",
     ),
-    choose_when="a language model with ReLU-like, sparse activations decodes long answers to one prompt at a time",
-    choose_instead="activation-free pruning for models with dense activations; adaptive-computation-module where "
-    "training is affordable and tokens differ",
+    choose_when="a causal language model with ReLU-like, sparse activations and feed-forward layers of thousands of "
+    "neurons reads or decodes long sequences, and nothing may be trained",
+    choose_instead="structured pruning for models with dense activations such as GELU, which lose more, or narrow "
+    "ones, where choosing and gathering neurons takes longer than they do; adaptive-computation-module where "
+    "training is affordable and tokens differ, or the model looks ahead",
     bibtex="@article{wang2024coreinfer, title={CoreInfer: Accelerating Large Language Model Inference with "
     "Semantics-Inspired Adaptive Sparse Activation}, author={Wang, Qinsi and Vahidian, Saeed and Ye, Hancheng and Gu, "
     "Jianyang and Zhang, Jianyi and Chen, Yiran}, journal={arXiv preprint arXiv:2410.18311}, year={2024}}",
@@ -83,71 +112,12 @@ def core_counts(activations: Tensor, token_keep: float = 0.4) -> Tensor:
         >>> core_counts(torch.tensor([[3.0, 2.0, 0.0], [1.0, 5.0, 0.0]]), 0.5).tolist()
         [1, 1, 0]
     """
-    positive = float((activations > 0).sum(1).double().mean())
-    count = min(int(token_keep * positive + 1e-9), activations.shape[1])
-    counts = torch.zeros(activations.shape[1], dtype=torch.long, device=activations.device)
-    top = activations.topk(count, dim=1).indices.flatten()
-    return counts.index_add(0, top, torch.ones_like(top))
+    return batched_counts(activations[None], token_keep)[0]
 
 
 def core_sets(activations: Tensor, *, token_keep: float = 0.4, keep: float = 0.4) -> Tensor:
     """Return the floor(beta N) core neurons of one text, in rising order; (T, N) -> (K,)."""
-    counts = core_counts(activations, token_keep).double()
-    weight = activations.double().clamp_min(0).sum(0)
-    # The sum only decides between equal counts.
-    ranked = (counts + weight / (1.0 + weight.sum())).argsort(descending=True, stable=True)
-    return ranked[: int(keep * activations.shape[1] + 1e-9)].sort().values
-
-
-class _SparseFeedForward(nn.Module):
-    """A feed-forward layer that runs whole while it watches, and with the rows of one set of neurons afterwards."""
-
-    def __init__(self, layer: FeedForwardLayer, dense: nn.Module) -> None:
-        super().__init__()
-        self.dense = dense
-        self.up, self.down, self.gate = layer.linears(dense)
-        self.act: Callable[[Tensor], Tensor] = ACTIVATIONS[layer.activation]
-        self.seen: Tensor | None = None
-        self.sets: list[Tensor] | None = None
-        #: How many first tokens of every call run whole.
-        self.whole = 0
-
-    def activations(self, x: Tensor) -> Tensor:
-        """Return a(x): the activation, of the gate where there is one."""
-        return self.act(self.up(x) if self.gate is None else self.gate(x))
-
-    def choose(self, sets: Sequence[Tensor]) -> None:
-        """Keep the rows and columns of each sequence's neurons."""
-        self.sets, self._cut = list(sets), []
-        for rows in sets:
-            firsts = [self.up] if self.gate is None else [self.up, self.gate]
-            cut = [(layer.weight[rows], None if layer.bias is None else layer.bias[rows]) for layer in firsts]
-            self._cut.append((cut, self.down.weight[:, rows]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.sets is None:
-            self.seen = self.activations(x.detach())
-            out: Tensor = self.dense(x)
-            return out
-        if len(self.sets) not in (1, len(x)):
-            raise BadInput(f"the prompt had {len(self.sets)} sequences, the tokens after it have {len(x)}")
-        if self.whole:
-            head: Tensor = self.dense(x[:, : self.whole])
-            return torch.cat([head, self._all(x[:, self.whole :])], 1)
-        return self._all(x)
-
-    def _all(self, x: Tensor) -> Tensor:
-        if self.sets is None:
-            raise BadInput("no neurons are chosen yet")
-        if len(self.sets) == 1:
-            return self._sparse(x, 0)
-        return torch.cat([self._sparse(x[row : row + 1], row) for row in range(len(x))])
-
-    def _sparse(self, x: Tensor, row: int) -> Tensor:
-        firsts, down = self._cut[row]
-        inner = [F.linear(x, weight, bias) for weight, bias in firsts]
-        hidden = self.act(inner[0]) if len(inner) == 1 else self.act(inner[1]) * inner[0]
-        return F.linear(hidden, down, self.down.bias)
+    return batched_cores(activations[None], token_keep=token_keep, keep=keep)[0]
 
 
 @dataclass(frozen=True)
@@ -181,7 +151,7 @@ class Cores:
         layers: the sparse layers, by name.
     """
 
-    def __init__(self, layers: dict[str, _SparseFeedForward]) -> None:
+    def __init__(self, layers: dict[str, SparseFeedForward]) -> None:
         self._layers = layers
 
     @property
@@ -196,11 +166,11 @@ class Cores:
 
 
 @contextmanager
-def _swapped(model: nn.Module, example: Inputs, layers: slice | None) -> Iterator[dict[str, _SparseFeedForward]]:
+def _swapped(model: nn.Module, example: Inputs, layers: slice | None) -> Iterator[dict[str, SparseFeedForward]]:
     found = feedforwards(model, example)[layers or slice(None)]
     if not found:
         raise BadInput(f"{type(model).__name__} has no feed-forward layer among those asked for")
-    held = {layer.name: _SparseFeedForward(layer, model.get_submodule(layer.name)) for layer in found}
+    held = {layer.name: SparseFeedForward(layer, model.get_submodule(layer.name)) for layer in found}
     try:
         for name, sparse in held.items():
             replace_module(model, name, sparse)
@@ -275,7 +245,7 @@ def _read(model: nn.Module, prompt: Inputs) -> None:
         call(model, prompt)
 
 
-def _texts(layer: _SparseFeedForward) -> list[Tensor]:
+def _texts(layer: SparseFeedForward) -> list[Tensor]:
     """Return the activations of each sequence, (T, N)."""
     if layer.seen is None:
         raise BadInput("the model did not run this layer on the prompt")
@@ -373,3 +343,102 @@ def cluster_cores(
         for name in names
     }
     return Clusters(names[probe], torch.from_numpy(best.cluster_centers_).double(), sets, token_keep, keep)
+
+
+class CoreNeurons(ElasticProcedure):
+    """Run feed-forward layers on the neurons that the beginning of each sequence chose, at several budgets.
+
+    Args:
+        wanted: beta, the shares of neurons that are kept after the beginning, one budget each.
+        prompt: share of the tokens, rounded up, that are the beginning; they run whole.
+        token_keep: alpha, the share of its positive neurons that a token counts for.
+        layers: which feed-forward layers; the paper leaves the first and the last dense, ``slice(1, -1)``.
+
+    Example:
+        >>> from torchgraft.bench.models import ByteTransformer
+        >>> x = torch.randint(16, (8, 12))
+        >>> model = ByteTransformer(16, 12, d_model=16, depth=2, num_heads=2).eval()
+        >>> loss = lambda out, target: nn.functional.cross_entropy(out.flatten(0, 1), target.flatten())
+        >>> task = Task(model, (x, x), (x, x), (x, x), loss, lambda out, target: -out.mean((1, 2)))
+        >>> elastic = CoreNeurons().build(model, task)
+        >>> [round(budget, 2) for budget in elastic.budgets], torch.equal(elastic(x), model(x))
+        ([0.65, 0.74, 0.83, 0.91, 1.0], True)
+
+    Raises:
+        BadInput: a setting is out of range.
+    """
+
+    card: ClassVar[Card] = CARD
+
+    def __init__(
+        self,
+        *,
+        wanted: Sequence[float] = (0.2, 0.4, 0.6, 0.8),
+        prompt: float = 0.25,
+        token_keep: float = 0.4,
+        layers: slice | None = None,
+    ) -> None:
+        if not wanted or any(not 0 < share < 1 for share in wanted) or sorted(set(wanted)) != list(wanted):
+            raise BadInput(f"wanted must be rising shares in (0, 1), got {tuple(wanted)}")
+        if not 0.0 < prompt < 1.0 or not 0.0 < token_keep <= 1.0:
+            raise BadInput(f"prompt must lie in (0, 1) and token_keep in (0, 1], got {prompt} and {token_keep}")
+        if layers is not None and not isinstance(layers, slice):
+            raise BadInput(f"layers must be a slice or None, got {layers!r}")
+        self.wanted, self.prompt, self.token_keep, self.layers = tuple(wanted), prompt, token_keep, layers
+        self._refused: list[Refusal] = []
+
+    def _found(self, model: nn.Module, task: Task, ignore: Sequence[str]) -> list[FeedForwardLayer]:
+        example = take(task.train.inputs, slice(4))
+        asked = [
+            layer
+            for layer in feedforwards(model, example)[self.layers or slice(None)]
+            if not any(
+                ignored(f"{layer.name}.{inner}", ignore) for inner in (layer.up, layer.down, layer.gate) if inner
+            )
+        ]
+        found, self._refused = core_places(model, example, asked, self.wanted)
+        return found
+
+    def applies_to(self, model: nn.Module, task: Task, *, ignore: Sequence[str] = ()) -> list[Site]:
+        """Return the feed-forward layers whose tokens have a beginning. See :class:`ElasticProcedure`."""
+        return [
+            Site(
+                layer.name,
+                "feed-forward",
+                layer.hidden,
+                sum(value.numel() for value in model.get_submodule(layer.name).parameters()),
+            )
+            for layer in self._found(model, task, ignore)
+        ]
+
+    def refusals(self, model: nn.Module, task: Task, *, ignore: Sequence[str] = ()) -> list[Refusal]:
+        """Return the feed-forward layers that cannot run so, and why. See :class:`ElasticProcedure`."""
+        return list(self._refused)
+
+    def plan(self, model: nn.Module, task: Task, *, ignore: Sequence[str] = (), seed: int = 0) -> list[Edit]:
+        """Return the one edit that wraps the layers. See :class:`ElasticProcedure`."""
+        found = self._found(model, task, ignore)
+        return [
+            KeepCores(
+                names=tuple(layer.name for layer in found),
+                ups=tuple(layer.up for layer in found),
+                downs=tuple(layer.down for layer in found),
+                gates=tuple(layer.gate for layer in found),
+                activations=tuple(layer.activation for layer in found),
+                wanted=self.wanted,
+                prompt=self.prompt,
+                token_keep=self.token_keep,
+            )
+        ]
+
+    def initialise(self, elastic: ElasticModule, task: Task, *, seed: int = 0) -> None:
+        """Count what each budget costs; that depends on how long samples are, not on what they say."""
+        elastic.eval().recount(take(task.train.inputs, slice(8)))
+
+    def train(
+        self, elastic: ElasticModule, task: Task, *, steps: int, seed: int = 0, deadline: float | None = None
+    ) -> int:
+        """Return 0: the budgets share the original's weights, and there is nothing to train."""
+        if steps < 0 or not isinstance(elastic, CoreModel):
+            raise BadInput(f"steps must not be negative, got {steps}, for a CoreModel, got {type(elastic).__name__}")
+        return 0

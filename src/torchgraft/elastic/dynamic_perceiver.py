@@ -7,24 +7,49 @@ exit e with ``max softmax(y_e) >= theta_e``.
 
 Departures: layer norm stands in the exits where the paper has batch norm, which fails on a batch of one. One
 self-attention block a stage. Without ``stages`` the backbone is a plain network of two convolutions a stage.
+:class:`PerceiverExits` adds the latent tokens to a classifier that is trained already and stays as it is, so that the
+full budget says what it said: nothing is fed back into the features, who leaves nowhere gets the classifier's own
+logits in place of the exits on the features and on both, exits follow those logits and the labels, every stage of the
+tokens has an exit, and samples may begin to leave at a later one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchgraft.bench.meters.counts import CountingMode
 from torchgraft.catalogue import Card
 from torchgraft.catalogue.card import Claim
+from torchgraft.engines.attention.latents import (
+    CrossAttention,
+    LatentBlock,
+    Onward,
+    Shared,
+    equal_windows,
+    pooled_tokens,
+)
+from torchgraft.engines.nesting.branch_exits import AddBranch, BranchProcedure, State
 from torchgraft.engines.routing import choose_exits, exit_thresholds, expected_cost, geometric_shares, ratio_for_cost
+from torchgraft.engines.surgery.waists import Waist
 from torchgraft.errors import BadInput
 
-__all__ = ["CARD", "EXITS", "DynPerceiver", "ExitPolicy", "exit_loss"]
+__all__ = [
+    "CARD",
+    "EXITS",
+    "DynPerceiver",
+    "ExitPolicy",
+    "PerceiverBranch",
+    "PerceiverExits",
+    "exit_loss",
+]
 
 #: The exits, first to last: two of the classification branch, that of the features, and that of both.
 EXITS = ("z3", "z4", "x", "merge")
@@ -36,22 +61,11 @@ CARD = Card(
     authors="Han, Han, Liu, Wang, Pan, Pu, Deng, Feng, Song and Huang, 2023",
     reference="https://arxiv.org/abs/2306.11248",
     family="elastic",
-    kind="part",
-    engine=("attention", "nesting"),
+    kind="procedure",
+    engine=("attention", "nesting", "surgery"),
     equation="z <- z + A(z, pool(x + DW(x))); x <- x + A(x, z); leave at the first e with max softmax(y_e) >= theta_e",
-    entry="DynPerceiver",
-    capabilities=frozenset({"channels-first"}),
-    example={"channels": 3, "classes": 5, "width": 8, "latents": 16, "reduce": 2, "kernel": 3},
-    shapes=((4, 3, 16, 16),),
-    declared={
-        "parameters": "9 * channels * width + 9 * 42 * width**2 + 9 * 85 * width**2 + 4 * 15 * width"  # convolutions
-        " + latents * width + kernel**2 * 15 * width"  # latent tokens, depth-wise convolutions
-        " + 2 * (5 * 15 * width + 4 * 85 * width**2 // reduce)"  # both directions of cross-attention
-        " + 8 * 85 * width**2 + 8 * 15 * width"  # self-attention
-        " + 6 * 7 * width + 2 * 21 * width**2 + 21 * latents**2 // 32 + 7 * latents // 8"  # between stages
-        " + 2 * (classes**2 + 3 * classes) + 36 * width * classes + 2 * classes**2 + 4 * classes"  # exits
-        " + 2 * (16 * width + classes)"
-    },
+    entry="PerceiverExits",
+    capabilities=frozenset({"elastic", "needs-data", "needs-labels", "needs-trace", "needs-training"}),
     oracles=(
         "without feedback to the features their exit equals the plain network bit for bit; without reading them the "
         "exits of the classification branch do not depend on the input",
@@ -59,6 +73,9 @@ CARD = Card(
         "one exit is that classifier",
         "the first exit has no gradient to the fourth stage",
         "leaving early gives each sample the logits of its exit in the full pass, and runs nothing behind it",
+        "beside a trained classifier: at thresholds 0 all leave at the first exit, above 1 all answers are the "
+        "classifier's, bit for bit, and its own weights never move",
+        "every declared budget is the count of multiply-accumulates on the samples that thresholds were found on",
     ),
     claim=Claim(
         text="Digits at 16x16 over clutter. Beside it: the same convolutional network with linear exits behind "
@@ -67,83 +84,14 @@ CARD = Card(
         figure="at 40 % of the MACs >= 2 points above linear exits, last exit no more than 0.5 points below the plain "
         "network (mean of 3 seeds)",
     ),
-    choose_when="an image classifier is trained from scratch and is to answer easy images early",
-    choose_instead="first-layer-routers for a network that is trained already; linear exits where it is already wide "
-    "and deep behind each exit",
+    choose_when="an image classifier is trained from scratch and is to answer easy images early; in fit --elastic a "
+    "convolutional classifier that is trained already, in batches, or large enough that a few more layers do not show",
+    choose_instead="adaptive-nanodrone-pose where the classifier is no convolutional network, first-layer-routers "
+    "where it is a deep residual one; linear exits where it is already wide and deep behind each exit",
     bibtex="@inproceedings{han2023dynamic, title={Dynamic Perceiver for Efficient Visual Recognition}, author={Han, "
     "Yizeng and Han, Dongchen and Liu, Zeyu and Wang, Yulin and Pan, Xuran and Pu, Yifan and Deng, Chao and Feng, "
     "Junlan and Song, Shiji and Huang, Gao}, booktitle={ICCV}, year={2023}}",
 )
-
-
-class CrossAttention(nn.Module):
-    """One head that lets tokens read others: (B, T, D), (B, S, E) -> (B, T, D).
-
-    Args:
-        d_query: D.
-        d_source: E.
-        inner: width of query, key and value.
-    """
-
-    def __init__(self, d_query: int, d_source: int, inner: int) -> None:
-        super().__init__()
-        self.norm_query, self.norm_source = nn.LayerNorm(d_query), nn.LayerNorm(d_source)
-        self.query = nn.Linear(d_query, inner, bias=False)
-        self.key = nn.Linear(d_source, inner, bias=False)
-        self.value = nn.Linear(d_source, inner, bias=False)
-        self.out = nn.Linear(inner, d_query)
-
-    def forward(self, x: Tensor, source: Tensor) -> Tensor:
-        """Return what ``x`` reads from ``source``."""
-        source = self.norm_source(source)
-        read = F.scaled_dot_product_attention(self.query(self.norm_query(x)), self.key(source), self.value(source))
-        y: Tensor = self.out(read)
-        return y
-
-
-class _SelfAttention(nn.Module):
-    """A pre-norm block with a feed-forward part of twice the width: (B, T, D) -> (B, T, D)."""
-
-    def __init__(self, d_model: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
-        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
-        self.out = nn.Linear(d_model, d_model)
-        self.fc1, self.fc2 = nn.Linear(d_model, 2 * d_model), nn.Linear(2 * d_model, d_model)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = torch.unflatten(self.qkv(self.norm1(x)), -1, (3, self.heads, -1)).permute(
-            2, 0, 3, 1, 4
-        )  # (B, H, T, K)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        y: Tensor = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
-        return y
-
-
-class _Onward(nn.Module):
-    """Half as many tokens, twice as wide: (B, K, C) -> (B, K / 2, 2 C)."""
-
-    def __init__(self, tokens: int, width: int) -> None:
-        super().__init__()
-        self.norm_tokens, self.norm_width = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.mix, self.expand = nn.Linear(tokens, tokens // 2), nn.Linear(width, 2 * width)
-
-    def forward(self, z: Tensor) -> Tensor:
-        z = self.mix(self.norm_tokens(z).transpose(1, 2)).transpose(1, 2)
-        y: Tensor = self.expand(self.norm_width(z))
-        return y
-
-
-class _Shared(nn.Module):
-    """What an exit tells later ones: (B, classes) -> (B, classes)."""
-
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        self.fc, self.norm = nn.Linear(classes, classes), nn.LayerNorm(classes)
-
-    def forward(self, y: Tensor) -> Tensor:
-        return F.relu(self.norm(self.fc(y)))
 
 
 def _stage(inputs: int, outputs: int, stride: int) -> nn.Module:
@@ -225,10 +173,10 @@ class DynPerceiver(nn.Module):
         self.latents = nn.Parameter(torch.randn(latents, width) * 0.02)
         self.look = nn.ModuleList(nn.Conv2d(c, c, kernel, padding=kernel // 2, groups=c, bias=False) for c in wide)
         self.read = nn.ModuleList(CrossAttention(d, c, d // reduce) for d, c in zip(depth, wide, strict=True))
-        self.think = nn.ModuleList(_SelfAttention(d, 2**i) for i, d in enumerate(depth))
+        self.think = nn.ModuleList(LatentBlock(d, 2**i) for i, d in enumerate(depth))
         self.tell = nn.ModuleList(CrossAttention(c, d, d // reduce) for d, c in zip(depth, wide, strict=True))
-        self.onward = nn.ModuleList(_Onward(latents // 2**i, depth[i]) for i in range(3))
-        self.share3, self.share4 = _Shared(classes), _Shared(classes)
+        self.onward = nn.ModuleList(Onward(latents // 2**i, depth[i]) for i in range(3))
+        self.share3, self.share4 = Shared(classes), Shared(classes)
         self.exit3 = nn.Linear(depth[2], classes)
         self.exit4 = nn.Linear(depth[3] + classes, classes)
         self.exit_x = nn.Linear(wide[3], classes)
@@ -239,9 +187,7 @@ class DynPerceiver(nn.Module):
         """Run stage ``i`` of both branches, without what the latent tokens tell the features."""
         x = self.stages[i](x)
         if self.x2z:
-            seen = x + self.look[i](x)
-            size = (min(self.pooled, x.shape[2]), min(self.pooled, x.shape[3]))
-            z = z + self.read[i](z, F.adaptive_avg_pool2d(seen, size).flatten(2).transpose(1, 2))
+            z = z + self.read[i](z, pooled_tokens(x, self.look[i], self.pooled))
         return x, self.think[i](z)
 
     def _told(self, i: int, x: Tensor, z: Tensor) -> Tensor:
@@ -382,3 +328,185 @@ def exit_loss(logits: Tensor, target: Tensor, *, distill: float = 0.5, temperatu
     student = (logits[:, :-1] / temperature).log_softmax(-1)
     soft = (teacher.exp() * (teacher - student)).sum(-1).mean(0).sum()
     return hard + distill * temperature**2 * soft
+
+
+class PerceiverBranch(nn.Module):
+    """Latent tokens that read the features of a classifier at some places, and an exit behind each.
+
+    Args:
+        channels: of the features at each place.
+        kernels: size of the depth-wise convolution at each; odd.
+        classes: number of classes.
+        width: of the latent tokens at the first place; doubles from one to the next.
+        latents: number of latent tokens at the first place; halves from one to the next.
+        reduce: cross-attention works at this fraction of the width.
+        pooled: tokens read features averaged to this height and width, at each place.
+
+    Shapes:
+        features (B, C, h, w) at a place -> tokens (B, K, D), logits (B, classes)
+
+    Example:
+        >>> branch = PerceiverBranch((4, 6), kernels=(3, 3), pooled=(4, 4), classes=5, width=8, latents=4)
+        >>> z, y = branch(0, torch.zeros(2, 4, 8, 8), ())
+        >>> z, y = branch(1, torch.zeros(2, 6, 4, 4), (z, y))
+        >>> z.shape, y.shape
+        (torch.Size([2, 2, 16]), torch.Size([2, 5]))
+
+    Raises:
+        BadInput: a size is out of range.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        *,
+        kernels: Sequence[int],
+        pooled: Sequence[int],
+        classes: int,
+        width: int = 32,
+        latents: int = 8,
+        reduce: int = 2,
+    ) -> None:
+        super().__init__()
+        count = len(channels)
+        if not len(kernels) == len(pooled) == count > 0:
+            raise BadInput(
+                f"channels, kernels and pooled need one entry a place, got {tuple(channels)}, {tuple(kernels)} and "
+                f"{tuple(pooled)}"
+            )
+        if min(*channels, *kernels, *pooled, classes, width, reduce) < 1:
+            raise BadInput(
+                f"sizes must be at least 1, got channels {tuple(channels)}, kernels {tuple(kernels)}, pooled "
+                f"{tuple(pooled)}, classes {classes}, width {width} and reduce {reduce}"
+            )
+        if any(kernel % 2 == 0 for kernel in kernels) or width % reduce or latents < 1 or latents % 2 ** (count - 1):
+            raise BadInput(
+                f"kernels must be odd, width divisible by reduce, and latents by {2 ** (count - 1)}; got "
+                f"{tuple(kernels)}, {width} and {reduce}, and {latents}"
+            )
+        self.pooled = tuple(pooled)
+        depth = [width * 2**i for i in range(count)]
+        self.latents = nn.Parameter(torch.randn(latents, width) * 0.02)
+        self.look = nn.ModuleList(
+            nn.Conv2d(c, c, kernel, padding=kernel // 2, groups=c, bias=False)
+            for c, kernel in zip(channels, kernels, strict=True)
+        )
+        self.read = nn.ModuleList(CrossAttention(d, c, d // reduce) for d, c in zip(depth, channels, strict=True))
+        self.think = nn.ModuleList(LatentBlock(d, 2**i) for i, d in enumerate(depth))
+        self.onward = nn.ModuleList(Onward(latents // 2**i, depth[i]) for i in range(count - 1))
+        self.share = nn.ModuleList(Shared(classes) for _ in range(count - 1))
+        self.exits = nn.ModuleList(nn.Linear(d + (classes if i else 0), classes) for i, d in enumerate(depth))
+
+    def forward(self, place: int, x: Tensor, state: State) -> State:
+        """Return tokens and logits behind a place; ``state`` is what the place before it returned, or empty."""
+        z = self.onward[place - 1](state[0]) if place else self.latents.to(x.dtype).expand(len(x), -1, -1)
+        seen = pooled_tokens(x, self.look[place], self.pooled[place])
+        z = self.think[place](z + self.read[place](z, seen))
+        mean = z.mean(1)
+        y = self.exits[place](torch.cat([mean, self.share[place - 1](state[1])], 1) if place else mean)
+        return z, y
+
+
+class AddPerceiver(AddBranch):
+    """Put latent tokens with exits beside a classifier.
+
+    Args:
+        kernels: as for :class:`PerceiverBranch`, as the other sizes.
+    """
+
+    op: ClassVar[str] = "add-perceiver"
+    kernels: tuple[int, ...] = Field(min_length=1)
+    pooled: tuple[int, ...] = Field(min_length=1)
+    width: int = Field(ge=1)
+    latents: int = Field(ge=1)
+    reduce: int = Field(ge=1)
+
+    def branch(self) -> PerceiverBranch:
+        """Return new latent tokens."""
+        return PerceiverBranch(
+            self.channels,
+            kernels=self.kernels,
+            pooled=self.pooled,
+            classes=self.classes,
+            width=self.width,
+            latents=self.latents,
+            reduce=self.reduce,
+        )
+
+
+class PerceiverExits(BranchProcedure):
+    """Let latent tokens read a trained convolutional classifier, and samples leave where the tokens are sure.
+
+    Args:
+        exits: places at which the tokens read features, and samples may leave.
+        wanted: rising shares of the multiply-accumulates, one budget each; those that the first exit alone would
+            exceed are left out.
+        share: the most that latent tokens and exits may cost beside the classifier.
+        width: greatest width of the tokens at the first place; as much of it is taken as ``share`` allows.
+        latents: tokens at the first place.
+        reduce: cross-attention works at this fraction of the width.
+        kernel: size of the depth-wise convolutions, cut to the features' size; odd. At most 3 where the tokens would
+            otherwise exceed ``share``.
+        pooled: tokens read features averaged to this height and width, or to a little less in equal windows.
+        samples: training samples by which thresholds are found, at most; of 320 training samples or more, a fifth at
+            most is kept from the tokens for that.
+        alpha: share of distillation from the original in training, the rest is the task's loss.
+        temperature: of the distillation.
+
+    Example:
+        >>> from torchgraft.bench.models import ResidualNet
+        >>> from torchgraft.bench.task import Task
+        >>> x, y = torch.randn(16, 1, 8, 8), torch.randint(0, 10, (16,))
+        >>> model = ResidualNet(widths=(16, 32), depth=2).eval()
+        >>> task = Task(model, (x, y), (x, y), (x, y), nn.functional.cross_entropy, lambda out, t: out[:, 0])
+        >>> elastic = PerceiverExits(wanted=(0.5, 0.8)).build(model, task)
+        >>> len(elastic.budgets), torch.equal(elastic(x), model(x)), elastic.set_budget(0.9)(x).shape
+        (3, True, torch.Size([16, 10]))
+
+    Raises:
+        BadInput: a setting is out of range.
+    """
+
+    card: ClassVar[Card] = CARD
+
+    def __init__(
+        self,
+        *,
+        exits: int = 3,
+        wanted: Sequence[float] = (0.25, 0.35, 0.5, 0.7),
+        share: float = 0.15,
+        width: int = 64,
+        latents: int = 8,
+        reduce: int = 2,
+        kernel: int = 7,
+        pooled: int = 7,
+        samples: int = 512,
+        alpha: float = 0.9,
+        temperature: float = 4.0,
+    ) -> None:
+        super().__init__(exits=exits, wanted=wanted, share=share, samples=samples, alpha=alpha, temperature=temperature)
+        if min(reduce, kernel, pooled) < 1 or kernel % 2 == 0:
+            raise BadInput(f"reduce and pooled must be at least 1 and kernel odd, got {reduce}, {pooled} and {kernel}")
+        if width < 8 or width % 8 or 8 % reduce or latents < 1 or latents % 2 ** (exits - 1):
+            raise BadInput(
+                f"width must be divisible by 8, which reduce must divide, and latents by {2 ** (exits - 1)}, twice "
+                f"for each exit but one; got {width}, {reduce} and {latents}"
+            )
+        self.width, self.latents, self.reduce, self.kernel, self.pooled = width, latents, reduce, kernel, pooled
+
+    def sizes(self, places: Sequence[Waist], classes: int, wanted: Sequence[float]) -> Iterator[AddPerceiver]:
+        """Yield tokens of ever less width, then with small convolutions. See :class:`BranchProcedure`."""
+        for kernel, width in itertools.product(
+            sorted({self.kernel, min(self.kernel, 3)}, reverse=True), range(self.width, 7, -8)
+        ):
+            yield AddPerceiver(
+                places=tuple(each.name for each in places),
+                channels=tuple(each.channels for each in places),
+                classes=classes,
+                wanted=tuple(wanted),
+                kernels=tuple(min(kernel, (max(each.size) - 1) // 2 * 2 + 1) for each in places),
+                pooled=tuple(equal_windows(each.size, self.pooled) for each in places),
+                width=width,
+                latents=self.latents,
+                reduce=self.reduce,
+            )

@@ -5,6 +5,8 @@
 
 Equation: ``u_l = w_l . h^l_s, a ~ softmax(u), S_p = h^a_s . h^a_p``; policy loss ``-(r - b) log pi(a)``.
 
+It is a part of a model that grounds words in images, and no lever of ``fit``: there is nothing to prompt elsewhere.
+
 Departures: w starts at 1 / D in place of 1, so that the first logits are means of hidden states and not sums, while w
 learns as fast as in the paper (a division of the logits by D would slow it D times). Rewards are each query's own,
 where the paper's code shares one in a batch. The two-layer projection of the chosen state is the decoder's.

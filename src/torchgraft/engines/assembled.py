@@ -1,4 +1,4 @@
-"""A weight that is put together from buffers when it is read, once, and kept until one of them changes."""
+"""A weight that is put together from other tensors when it is read, once, and kept until one of them changes."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 from operator import is_
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["Assembled"]
 
 
 class Assembled:
-    """The value that was last made of some buffers.
+    """The value that was last made of some buffers or parameters.
 
-    A layer reads its weight at every call, so that asking must cost no more than a parameter's look-up: the buffers
-    must be the same objects at the same versions. Buffers without versions (inference tensors), and those that tracing
+    A layer reads its weight at every call, so that asking must cost no more than a parameter's look-up: the parts
+    must be the same objects at the same versions. Parts without versions (inference tensors), and those that tracing
     and functional calls put in their place, are put together each time and nothing is kept.
 
     Example:
@@ -58,4 +58,4 @@ class Assembled:
 
 
 def _has_version(part: Tensor) -> bool:
-    return type(part) is Tensor and not part.is_inference()
+    return type(part) in (Tensor, nn.Parameter) and not part.is_inference()

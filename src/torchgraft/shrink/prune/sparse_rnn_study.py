@@ -4,9 +4,18 @@
 
 Equation: ``igate = x (W_ih * M_ih)^T + b_ih,  hgate = h (W_hh * M_hh)^T + b_hh,  M = 1[|W| >= percentile_p |W|]``.
 
-Departures: of equal magnitudes as many go as the percentage asks for, so that the count is exact. The weights between
-layers of a structured network are one matrix from all earlier layers, with the mask of the graph's edges. Strings are
-classified at their last true symbol, where the thesis reads the last padded step.
+As a lever of ``fit``, :class:`RecurrentPruning` prunes the matrices of a trained model's recurrent layers at once; the
+recovery that follows trains what is left. The matrices are stored as their kept values and a pattern, and are executed
+dense: the file is smaller, and nothing gets faster.
+
+Departures:
+- Of equal magnitudes as many go as the percentage asks for, so that the count is exact.
+- :class:`RecurrentPruning` takes the percentile of each matrix alone, unless told to pool them as the thesis does, for
+  otherwise a small matrix of small weights may lose nearly all; a matrix whose file would not shrink stays as it is.
+- Executed sparse, a loop over torchgraft's kernel took 0.5 of the time of torch's fused LSTM at 512 units, 90 % sparse,
+  32 strings, but 0.8 at 256 units, 1.1 at 128 and 1.4 at 64, and 2 to 6 there one string at a time: it stays dense.
+- The weights between layers of a structured network are one matrix from all earlier layers, with the mask of the
+  graph's edges. Strings are classified at their last true symbol, where the thesis reads the last padded step.
 """
 
 from __future__ import annotations
@@ -20,14 +29,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from torchgraft.bench.task import Task
 from torchgraft.catalogue import Card, Claim
 from torchgraft.engines.masks import keep_best, keep_global, magnitude
+from torchgraft.engines.procedure import Procedure, Refusal, Site, check_strength
+from torchgraft.engines.sparse.stored import HoldSparse, matrix_obstacles, pattern_bytes, recurrent_matrices
+from torchgraft.engines.surgery.edits import Edit
 from torchgraft.errors import BadInput, nearest
 
 __all__ = [
     "CARD",
     "ArbitraryStructureRNN",
     "Importance",
+    "RecurrentPruning",
     "graph_properties",
     "layered",
     "property_importance",
@@ -42,11 +56,16 @@ CARD = Card(
     authors="Darji, 2024",
     reference="https://arxiv.org/abs/2407.20601",
     family="shrink/prune",
-    kind="analysis",
-    engine=("masks", "recurrence"),
-    equation="M = 1[|W| >= percentile_p |W|] over all layers of the chosen kinds, held while the network is retrained",
-    entry="prune_rnn",
+    kind="procedure",
+    engine=("masks", "surgery", "recurrence"),
+    equation="M = 1[|W| >= percentile_p |W|] of the input and state matrices, held while the network is retrained",
+    entry="RecurrentPruning",
+    stage="weights",
+    example={"model": "recurrent"},
     oracles=(
+        "the lever's matrices keep as many weights as asked for, outputs equal those of masked dense layers, and what"
+        " is gone stays exactly zero through training with momentum and weight decay",
+        "a saved model comes back with the same bits, and its file holds the kept values and a pattern",
         "as many weights go as the percentage asks for, one global threshold parts them, and they stay exactly zero "
         "while the network is retrained with momentum and weight decay",
         "with all edges between neighbouring layers and none beyond, a structured network is torch's stacked RNN",
@@ -61,13 +80,17 @@ CARD = Card(
         figure="GRU and LSTM keep >= 98 % of their accuracy at 60 to 80 % and regain it within 2 epochs, the tanh RNN "
         "keeps less than either at 80 % before retraining; R2 of the forest on held-out graphs > 0.5; mean of 3 seeds",
     ),
-    choose_when="the question is how many weights a recurrent network needs, or which structure",
-    choose_instead="magnitude-pruning or fast-sparse-conv to make a model smaller or faster",
+    choose_when="the file of a model with RNN, GRU or LSTM layers must be small (they run dense, no faster); or the"
+    " question is how many weights a recurrent network needs, or which structure",
+    choose_instead="lottery-ticket or fast-sparse-conv for linear layers and convolutions; a smaller hidden size where"
+    " latency counts",
     bibtex="@mastersthesis{darji2024investigating, title={Investigating Sparsity in Recurrent Neural Networks}, "
     "author={Darji, Harshil Jagadishbhai}, school={University of Passau}, year={2024}, note={arXiv:2407.20601}}",
 )
 
 Mode = Literal["RNN_TANH", "RNN_RELU", "GRU", "LSTM"]
+#: Bytes that the pattern's own entry takes in a file.
+_ENTRY = 128
 _GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "GRU": 3, "LSTM": 4}
 
 
@@ -118,6 +141,78 @@ def prune_rnn(model: nn.Module, percent: float, *, i2h: bool = True, h2h: bool =
             value.mul_(mask)
         value.register_hook(lambda grad, mask=mask: grad * mask)  # type: ignore[no-untyped-call]  # torch's
     return masks
+
+
+class RecurrentPruning(Procedure):
+    """Prune input and state matrices of recurrent layers by magnitude; strength is how few weights stay.
+
+    At strength s a share (1 - most) ** s of each ``weight_ih`` and ``weight_hh`` of ``nn.RNN``, ``nn.GRU`` and
+    ``nn.LSTM`` is kept, in all layers and both directions; biases and projections stay. The model is to be retrained
+    afterwards, as recovery does. What is left is stored sparse and executed dense: the file is smaller, and a pass
+    takes as long as before. A matrix whose file would not shrink stays as it is.
+
+    Args:
+        most: the sparsity at strength 1.
+        i2h: whether weights from the input (or the layer below) to the hidden state are pruned.
+        h2h: whether weights from hidden state to hidden state are pruned.
+        pooled: whether one threshold parts the weights of all matrices, rather than one each.
+
+    Example:
+        >>> x, y = torch.randn(32, 5, 8), torch.randint(0, 3, (32,))
+        >>> model = nn.ModuleDict({"rnn": nn.LSTM(8, 16)})
+        >>> loss = nn.functional.cross_entropy
+        >>> task = Task(model, (x, y), (x, y), (x, y), loss, lambda out, target: (out.argmax(1) == target).float())
+        >>> RecurrentPruning().apply(model, task, 0.5)["rnn"]
+        SparseLSTM(8, 16, sparsity=0.859)
+
+    Raises:
+        BadInput: ``most`` lies outside (0, 1), or no kind is chosen.
+    """
+
+    card = CARD
+    expense = 0
+
+    def __init__(self, *, most: float = 0.98, i2h: bool = True, h2h: bool = True, pooled: bool = False) -> None:
+        if not 0.0 < most < 1.0:
+            raise BadInput(f"most must lie in (0, 1), got {most}")
+        if not (i2h or h2h):
+            raise BadInput("RecurrentPruning needs i2h or h2h, or both")
+        self.most, self.pooled = most, pooled
+        self.kinds = tuple(kind for kind, chosen in (("weight_ih", i2h), ("weight_hh", h2h)) if chosen)
+
+    def _chosen(self, name: str) -> bool:
+        return name.rpartition(".")[2].startswith(self.kinds)
+
+    def applies_to(self, model: nn.Module, task: Task, *, ignore: Sequence[str] = ()) -> list[Site]:
+        """Return the matrices of recurrent layers, by parameter name."""
+        found = recurrent_matrices(model, ignore=ignore)
+        return [
+            Site(name, "weight", value.numel(), value.numel()) for name, value in found.items() if self._chosen(name)
+        ]
+
+    def refusals(self, model: nn.Module, task: Task, *, ignore: Sequence[str] = ()) -> list[Refusal]:
+        """Return the recurrent matrices that stay dense, and why."""
+        found = matrix_obstacles(model, ignore=ignore)
+        return [Refusal(name, f"left dense: {reason}") for name, reason in found.items() if self._chosen(name)]
+
+    def plan(
+        self, model: nn.Module, task: Task, strength: float, *, ignore: Sequence[str] = (), seed: int = 0
+    ) -> list[Edit]:
+        """Keep the largest weights of each matrix for which that makes the file smaller."""
+        matrices = {k: v for k, v in recurrent_matrices(model, ignore=ignore).items() if self._chosen(k)}
+        sparsity = 1.0 - (1.0 - self.most) ** check_strength(strength)
+        if self.pooled:
+            counts = keep_global(magnitude(matrices), sparsity)
+        else:
+            counts = {name: round((1.0 - sparsity) * value.numel()) for name, value in matrices.items()}
+        kept = {name: max(1, count) for name, count in counts.items() if _pays(matrices[name], max(1, count))}
+        return [HoldSparse(parameters=kept)] if kept else []
+
+
+def _pays(weight: Tensor, kept: int) -> bool:
+    """Say whether ``kept`` values and their pattern take fewer bytes than the matrix."""
+    total, each = weight.numel(), weight.element_size()
+    return kept * each + pattern_bytes(kept, total) + _ENTRY < total * each
 
 
 def regain_curve(

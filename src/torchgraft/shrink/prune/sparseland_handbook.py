@@ -4,6 +4,8 @@
 <https://arxiv.org/abs/2302.02596>`_ (Liu and Wang, 2023): d = sum_l nnz_l / sum_l size_l; a step costs 3 f_s, and with
 the gradient of all weights every T steps (3 f_s T + 2 f_s + f_d) / (T + 1).
 
+It is an analysis and no lever of ``fit``; what it compares are (``fast-sparse-conv``, ``lottery-ticket``, ``ssvi``).
+
 Departures:
 - The paper proposes no algorithm. :func:`sparsity_bench` is the comparison that follows from its distinctions: each
   method beside random masks of the same layer densities and a small dense model of as many weights.

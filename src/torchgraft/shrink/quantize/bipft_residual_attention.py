@@ -7,7 +7,9 @@
 
 q_m = X M_q, q_p = X P_q, k_m = X M_k, k_p = X P_k (D -> R, shared by all heads); context = P_b V_b + P_b (X P_v 1^T).
 
-Emulated: signs are floats, and bit operations are counted (:func:`bit_operations`), not timed.
+Emulated: signs are floats, and bit operations are counted (:func:`bit_operations`), not timed. It is no lever of
+``fit``: the binary network is pre-trained anew, which a recovery of minutes does not replace (the claim's stays near
+chance), and no cost that ``fit`` measures would fall beyond what binary weights alone bring (``reste-estimator``).
 
 Departures:
 - The value residual has R scalars a token, the j-th added to the j-th of R equal slices of a head's channels; the

@@ -6,7 +6,7 @@
 
 in place of (1 + u + v + uv) 2^(i + j), with k bits of mantissa and l(k) = k up to 3, 3 at 4, 4 above. This is an
 emulation: it runs slower than the products that it stands for, and says what hardware with such an adder would
-compute, not how fast.
+compute, not how fast; for that reason it is no lever of ``fit``, whose costs would all stay or rise.
 
 Two modes differ in what a full mantissa does, s = u + v + c >= 1: ``formula`` is the equation; ``integer`` adds the bit
 fields, as the paper's code does, and the carry makes 2s of 1 + s.

@@ -5,7 +5,8 @@
 where the signs of channels i and j differ; n + sum of |D| over the tree's edges bit operations a position, not C n.
 
 The integers are those of the direct convolution. Bit operations are counted, not timed: on a CPU the tree is walked in
-Python and is slower than ``engines.binary.freeze``; what is saved is saved by hardware that gates single bits.
+Python and is slower than ``engines.binary.freeze``; what is saved is saved by hardware that gates single bits. No cost
+that ``fit`` measures falls, so it is no lever.
 
 Departures:
 - The minimum tree of least depth over all minimum trees is not searched for (that is a hard problem): trees are grown

@@ -8,7 +8,7 @@
 
 c runs along the axis that the product sums over, so no channel is moved and no group is rescaled in float; SR rounds at
 random, unbiased. :func:`shift_matmul` is that product in integers; training emulates it in floats and is slower than
-plain training.
+plain training. It is no lever of ``fit``: what it would make cheaper is training, on hardware with such integers.
 
 Departures: the paper's group boundaries could not be read, here they are powers of two of the largest range. Weights
 are rounded to the nearest code of one scale a tensor. Master weights, bias and the optimiser stay float32.
