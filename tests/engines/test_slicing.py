@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torchgraft.engines.surgery import Group, Slice, apply_edits, structure, trace
+from torchgraft.bench.models import VisionTransformer
+from torchgraft.engines.surgery import Group, Slice, apply_edits, slicing, structure, trace
 from torchgraft.engines.surgery.axes import axes
 from torchgraft.engines.surgery.edits import edit_from_record, edit_to_record
 from torchgraft.engines.surgery.replay import replay
@@ -367,3 +369,22 @@ def test_only_what_follows_a_literal_boundary_is_offered() -> None:
     assert found.slice({"both:2": [0]}).tensors["both.weight"] == {0: ((0, 5),)}
     (refusal,) = (each for each in found.refused if each.name == "both")
     assert refusal.reason.startswith("the sliced model")
+
+
+def test_what_had_to_be_joined_in_one_attention_is_joined_at_once_in_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[list[str]] = []
+    failure = slicing._Trial.failure
+
+    def counted(self: Any, found: Any, groups: Any, first: int = 2) -> Any:
+        tried.append([group.name for group in groups])
+        return failure(self, found, groups, first)
+
+    monkeypatch.setattr(slicing._Trial, "failure", counted)
+    found = structure(VisionTransformer(d_model=16, depth=3, num_heads=2), torch.randn(2, 1, 8, 8))
+    names = {group.name for group in found.groups}
+    assert {f"blocks.{block}.attn.query:features" for block in range(3)} <= names
+    alone = [group for groups in tried if len(groups) == 1 for group in groups]
+    assert alone.count("blocks.0.attn.value:values") > 0  # it was tried by itself, and failed
+    for block in (1, 2):
+        assert f"blocks.{block}.attn.value:values" not in alone
+        assert alone.count(f"blocks.{block}.attn.query:features") == 1

@@ -13,6 +13,7 @@ import torch
 import torchgraft
 from torchgraft.contracts.subjects import case
 from torchgraft.fit.contribution import LEFT
+from torchgraft.fit.endings import FEWER
 from torchgraft.fit.finalists import Finalist, Recovered, left_over, other_endings, promising, worth_recovering
 from torchgraft.fit.plan import make_plan
 from torchgraft.fit.workshop import Choice, Workshop
@@ -31,6 +32,8 @@ def test_a_front_of_combinations_and_of_other_endings_of_recovered_models(task_f
     # Strengths are those that were chosen, since there is nothing to aim at.
     first = result.record.trials[0]
     assert first.procedures["magnitude-pruning"] == 0.5
+    # In what it ends is chosen when the model is there, here in fewer bits than it was to begin with.
+    assert first.procedures["nupes-power-quant"] == FEWER
     small = [c for c in result.front[1:] if c.costs["size"].ratio < 0.5]
     assert small
     assert {row.key for row in result.record.contributions} <= {
@@ -60,6 +63,7 @@ def test_the_same_recovered_float_model_ends_in_other_precisions() -> None:
         f"{own}-int8-dynamic-1",
         f"{own}-nupes-power-quant-0.8",
     ]
+    assert found[0].strengths == {"magnitude-pruning": 0.5, "nupes-power-quant": 0.8}  # the nearest to its own first
     sizes = {shop.quick_ratios(each.model, ["size"])["size"] for each in (recovered, *found)}
     assert len(sizes) == 4
     for each in found:

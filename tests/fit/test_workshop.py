@@ -102,6 +102,14 @@ def test_execution_comes_last_and_scores_of_trials_do_without_it(monkeypatch: py
     assert abs(float(shop.score(finished).mean()) - shop.score_of(made, 0)) <= 1 / len(shop.task.val)
 
 
+def test_the_original_answers_recoveries_by_its_program_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    shop = _shop_with_programs(monkeypatch)
+    assert isinstance(history(shop._guide.model)[-1], RunCompiled)
+    assert "forward" not in shop.original.__dict__
+    without = make_plan(shop.original, shop.task, wanted=["magnitude-pruning"], costs=["size"])
+    assert Workshop(shop.task, shop.original, without, [], ["size"])._guide.model is shop.original
+
+
 def test_a_run_of_nothing_but_what_is_exact_ends_well(tmp_path: Path) -> None:
     tiny = case("cnn")
     result = torchgraft.fit(tiny.task, costs=["size"], trials=2, procedures=["norm-folding"], out=tmp_path)
