@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 
 from torchgraft.bench.task import Task
 from torchgraft.contracts.subjects import Case, case
-from torchgraft.elastic import dycl_compile
 from torchgraft.elastic.dycl_compile import CompiledDynamic, CompiledPasses, compile_dynamic, load_host
+from torchgraft.engines.control_flow import passes
 from torchgraft.engines.control_flow.compiled import difference
 from torchgraft.engines.control_flow.execution import RunCompiled
 from torchgraft.engines.surgery.edits import history
@@ -317,7 +317,7 @@ def test_in_fit_it_is_timed_once_and_left_where_python_is_quicker(
         assert models[1].__dict__["forward"].compiled(example)
         return np.tile([1.0, ratio], (rounds, 1))
 
-    monkeypatch.setattr(dycl_compile, "interleaved", told)
+    monkeypatch.setattr(passes, "interleaved", told)
     procedure = CompiledPasses().for_costs(("latency", "size"))
     for _ in range(2):
         assert len(procedure.applies_to(tiny.model, tiny.task)) == sites

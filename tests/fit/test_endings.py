@@ -1,4 +1,4 @@
-"""In which precision a trial ends: by hand on a table of scores and sizes, and on a real model."""
+"""In which precision a trial ends, and how it runs: by hand on tables of scores and costs, and on real models."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.contracts.subjects import case
+from torchgraft.engines.control_flow.execution import RunCompiled
+from torchgraft.engines.control_flow.passes import Passes
+from torchgraft.engines.surgery.edits import history
 from torchgraft.errors import BadInput
-from torchgraft.fit.endings import FEWER, MORE, USUAL, chosen_ending
+from torchgraft.fit.endings import FEWER, MORE, USUAL, chosen_ending, chosen_execution
 from torchgraft.fit.plan import make_plan
 from torchgraft.fit.search import Effort, run_trial
 from torchgraft.fit.workshop import Choice, Made, Workshop
@@ -148,3 +151,103 @@ def test_a_trial_ends_as_chosen_and_is_measured_so() -> None:
     # One that is not free ends as it says.
     fixed, _ = run_trial(shop, Choice(choice.procedures), effort, 0, [], None)
     assert fixed.procedures == {"magnitude-pruning": 0.5, CODES: USUAL}
+
+
+EXACT, ROUNDED = "dycl-compile", "bfloat16-passes"
+Way = str | None
+
+
+@dataclass
+class _Runner:
+    """A workshop whose models are their strengths; each way to run has a score and a latency, a score of -1 is NaN."""
+
+    table: Mapping[Way, tuple[float, float]]
+    members: tuple[str, ...] = (EXACT, ROUNDED)
+    scored: list[Way] = field(default_factory=list)
+    costs: tuple[str, ...] = ("latency", "size")
+    span: float | None = None
+    validation: Tensor = field(default_factory=lambda: torch.tensor([1.0]))
+
+    @property
+    def plan(self) -> Any:
+        return SimpleNamespace(stages={"execution": {k: SimpleNamespace(exact=k == EXACT) for k in self.members}})
+
+    def finish(self, model: Any, strengths: Mapping[str, float], seed: int, *, stages: Sequence[str]) -> Any:
+        if stages == ("precision",):
+            return "plain"
+        assert model == "plain"  # precision is applied once for all ways
+        assert stages == ("execution",)
+        return next(iter(strengths), None)
+
+    def score(self, model: Way) -> Tensor:
+        self.scored.append(model)
+        if self.table[model][0] < 0:
+            raise BadInput("NaN")
+        return torch.tensor([self.table[model][0]])
+
+    def quick_ratios_of(self, models: Sequence[Way]) -> list[dict[str, float]]:
+        return [{"latency": self.table[model][1], "size": 0.25} for model in models]
+
+
+def _run(shop: _Runner, strengths: dict[str, float], score: float = 0.9) -> tuple[Any, Made, float]:
+    made = Made(nn.Identity(), strengths)
+    model, found = chosen_execution(shop, made, score, 0)  # type: ignore[arg-type]
+    return model, made, found
+
+
+def test_a_pass_that_rounds_is_taken_where_it_holds_more_by_hand() -> None:
+    strengths = {"taylor-pruning": 0.5, POWERS: USUAL, EXACT: 1.0}
+    # Of the falls recovery leaves 0.35, and a tenth lost is nothing kept: (1 - 0.35) x 1 x 2 = 1.3 at half of the
+    # time, (1 - 0.49) x 2 x 2 = 2.04 at a quarter with a fall of 0.14.
+    shop = _Runner({EXACT: (0.9, 0.5), ROUNDED: (0.86, 0.25)})
+    model, made, score = _run(shop, strengths)
+    assert (model, score) == (ROUNDED, pytest.approx(0.86))
+    assert made.strengths == {"taylor-pruning": 0.5, POWERS: USUAL, ROUNDED: 1.0}
+    assert made.ratios == {"latency": 0.25, "size": 0.25}
+    # With a fall of 0.24 it holds (1 - 0.84) x 2 x 2 = 0.64, less than 1.3.
+    shop = _Runner({EXACT: (0.9, 0.5), ROUNDED: (0.76, 0.25)})
+    model, made, score = _run(shop, strengths)
+    assert (model, score, made.strengths, made.ratios["latency"]) == (EXACT, 0.9, strengths, 0.5)
+
+
+def test_what_is_no_faster_is_not_even_scored_and_what_returns_nan_is_not_taken() -> None:
+    strengths = {"taylor-pruning": 0.5, EXACT: 1.0}
+    slow = _Runner({EXACT: (0.9, 0.5), ROUNDED: (0.9, 0.5)})
+    assert _run(slow, strengths)[0] == EXACT
+    assert slow.scored == []
+    broken = _Runner({EXACT: (0.9, 0.5), ROUNDED: (-1.0, 0.1)})
+    assert _run(broken, strengths)[0] == EXACT
+
+
+def test_where_nothing_exact_runs_it_python_is_beside_it_and_what_is_refused_is_not_tried() -> None:
+    shop = _Runner({None: (0.9, 0.5), ROUNDED: (0.9, 0.25)}, members=(ROUNDED,))
+    model, made, _ = _run(shop, {"taylor-pruning": 0.5})
+    assert (model, made.strengths) == (ROUNDED, {"taylor-pruning": 0.5, ROUNDED: 1.0})
+    model, made, _ = _run(shop, {INT8: 0.8})  # whose products are integers
+    assert (model, made.strengths) == (None, {INT8: 0.8})
+
+
+def test_a_free_trial_runs_as_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Passes, "_why_slow", lambda self, model, task: "")
+    tiny = case("cnn")
+    costs = ["latency", "size"]
+    plan = make_plan(tiny.model, tiny.task, wanted=["magnitude-pruning", POWERS, EXACT, ROUNDED], costs=costs)
+    shop = Workshop(tiny.task, tiny.model, plan, [], costs, max_drop=10.0)
+    asked: list[int] = []
+
+    def told(models: Sequence[nn.Module]) -> list[dict[str, float]]:
+        asked.append(len(models))
+        kinds = [edit.arithmetic for model in models for edit in history(model) if isinstance(edit, RunCompiled)]
+        assert kinds == [None, "bfloat16"]
+        return [{"latency": 0.5, "size": 0.2}, {"latency": 0.1, "size": 0.2}]
+
+    monkeypatch.setattr(shop, "quick_ratios_of", told)
+    width, precision = ("magnitude-pruning", 0.2), (POWERS, USUAL)
+    choice = Choice({"width": width, "precision": precision, "execution": (EXACT, 1.0)}, free_ending=True)
+    monkeypatch.setattr(
+        "torchgraft.fit.search.chosen_ending", lambda shop, made, seed: (made.strengths, shop.score_of(made, seed))
+    )
+    found, _ = run_trial(shop, choice, Effort(1, None, None, 2, 0), 0, [], None)
+    assert asked == [2]
+    assert list(found.procedures) == ["magnitude-pruning", POWERS, ROUNDED]
+    assert found.ratios == {"latency": 0.1, "size": 0.2}

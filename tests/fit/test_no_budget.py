@@ -53,19 +53,22 @@ def test_the_same_recovered_float_model_ends_in_other_precisions() -> None:
     made = shop.make(choice, 0)
     finished = shop.finish(made.model, made.strengths, 0)
     times = {"latency": 0.6}
-    recovered = Finalist(
-        "trial-3-recovered", finished, made.strengths, 7, shop.score(finished), True, made.model, times
-    )
+    own, scores = "trial-3-recovered", shop.score(finished)
+    kept = float(scores.mean())
+    recovered = Finalist(own, finished, made.strengths, 7, scores, True, made.model, kept, times)
     found = other_endings(shop, [recovered], math.inf)
-    own = "trial-3-recovered"
-    assert sorted(each.name for each in found) == [
-        f"{own}-int8-dynamic-0.8",
-        f"{own}-int8-dynamic-1",
-        f"{own}-nupes-power-quant-0.8",
-    ]
-    assert found[0].strengths == {"magnitude-pruning": 0.5, "nupes-power-quant": 0.8}  # the nearest to its own first
+    others = [f"int8-dynamic-{strength}" for strength in ("0.8", "1", "0.5")]
+    # Rounding has lost nothing, so that more bits come last.
+    ways = [*others, "nupes-power-quant-0.8", "nupes-power-quant-0.5"]
+    assert [each.name for each in found] == [f"{own}-{way}" for way in ways]
+    assert found[3].strengths == {"magnitude-pruning": 0.5, "nupes-power-quant": 0.8}
     sizes = {shop.quick_ratios(each.model, ["size"])["size"] for each in (recovered, *found)}
-    assert len(sizes) == 4
+    assert len(sizes) == 6
+    # Where it has lost more than a tenth of the span that counts, which is a tenth of the score, they come first.
+    told = 0.01 * float(shop.validation.mean())
+    for fall, first in ((0.9 * told, others[0]), (1.1 * told, ways[3])):
+        recovered.float_score = kept + fall
+        assert other_endings(shop, [recovered], math.inf)[0].name == f"{own}-{first}"
     for each in found:
         assert torch.equal(each.scores, shop.score(each.model))
         assert each.steps == 7

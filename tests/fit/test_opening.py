@@ -24,7 +24,7 @@ def plan_of(**stages: Sequence[str]) -> Plan:
     """A plan of real keys, whose procedures are never run."""
 
     def member(key: str) -> Procedure:
-        return cast(Procedure, SimpleNamespace(expense=1, exact=key == "norm-folding"))
+        return cast(Procedure, SimpleNamespace(expense=1, exact=key in ("norm-folding", "dycl-compile")))
 
     return Plan({stage: {key: member(key) for key in keys} for stage, keys in stages.items()})
 
@@ -113,6 +113,42 @@ def test_one_precision_stands_for_whichever_ended_a_trial() -> None:
     assert under is not None
     assert not under.free_ending
     assert not any(choice.free_ending for choice in alone(plan, aims=COSTS))
+
+
+def test_how_a_model_runs_is_chosen_at_its_end_without_a_budget() -> None:
+    ways = ["bfloat16-passes", "dycl-compile"]
+    plan = plan_of(width=["taylor-pruning"], execution=ways)
+    first = ascent(plan, aims=COSTS)
+    assert first is not None
+    assert first.procedures["execution"] == ("dycl-compile", 1.0)
+    # Whichever it was, the next trial is the same combination, deeper.
+    for way in ways:
+        seen = [trial(0, {"taylor-pruning": RUNGS[0], way: 1.0}, 0.98, 0.5, 0.5)]
+        further = ascent(plan, aims=COSTS, trials=seen)
+        assert further is not None
+        assert further.procedures == {"width": ("taylor-pruning", RUNGS[1]), "execution": ("dycl-compile", 1.0)}
+    # Where nothing exact runs it, Python does, until its end.
+    rounds = plan_of(width=["taylor-pruning"], execution=ways[:1])
+    begun = ascent(rounds, aims=COSTS)
+    assert begun is not None
+    assert set(begun.procedures) == {"width"}
+    seen = [trial(0, {"taylor-pruning": RUNGS[0], ways[0]: 1.0}, 0.98, 0.5, 0.5)]
+    further = ascent(rounds, aims=COSTS, trials=seen)
+    assert further is not None
+    assert further.procedures == {"width": ("taylor-pruning", RUNGS[1])}
+    assert ascent(plan_of(execution=ways[:1]), aims=COSTS) is None  # the sampler's
+
+
+def test_under_a_budget_on_latency_what_rounds_is_a_way_like_any_other() -> None:
+    plan = plan_of(width=["taylor-pruning"], execution=["bfloat16-passes", "dycl-compile"])
+    first = descent(plan, needs={"latency": 0.7})
+    assert first is not None
+    assert first.procedures == {"execution": ("bfloat16-passes", 1.0)}  # it has lost nothing where it was measured
+    tried: list[Trial] = []
+    while (choice := descent(plan, needs={"size": 0.5}, trials=tried)) is not None:
+        assert choice.procedures["execution"] == ("dycl-compile", 1.0)
+        tried.append(trial(len(tried), dict(choice.procedures.values()), 0.9, 0.5, 0.5))
+    assert len(tried) == 1  # of a budget on size it meets nothing
 
 
 def test_a_combination_that_breaks_the_model_is_not_taken_further() -> None:

@@ -14,6 +14,7 @@ from torchgraft.contracts.subjects import case
 from torchgraft.engines import width
 from torchgraft.engines.control_flow import execution
 from torchgraft.engines.control_flow.execution import RunCompiled
+from torchgraft.engines.control_flow.passes import Passes
 from torchgraft.engines.surgery.edits import history
 from torchgraft.engines.width import prepare
 from torchgraft.fit.budget import Limit
@@ -72,12 +73,12 @@ def test_what_was_only_noted_is_not_trained_before_its_precision() -> None:
     assert shop.recover(cut, steps=2, seed=0) == 2
 
 
-def _shop_with_programs(monkeypatch: pytest.MonkeyPatch) -> Workshop:
+def _shop_with_programs(monkeypatch: pytest.MonkeyPatch, *others: str) -> Workshop:
     """Return a workshop whose plan has a compiled pass, whatever the machine's clock says of it."""
-    monkeypatch.setattr("torchgraft.elastic.dycl_compile._why_slow", lambda model, task: "")
+    monkeypatch.setattr(Passes, "_why_slow", lambda self, model, task: "")
     tiny = case("cnn")
-    costs = ["latency", "size"]
-    plan = make_plan(tiny.model, tiny.task, wanted=["magnitude-pruning", "int8-dynamic", "dycl-compile"], costs=costs)
+    costs, wanted = ["latency", "size"], ["magnitude-pruning", "int8-dynamic", "dycl-compile", *others]
+    plan = make_plan(tiny.model, tiny.task, wanted=wanted, costs=costs)
     assert list(plan.stages) == ["width", "precision", "execution"]
     return Workshop(tiny.task, tiny.model, plan, [], costs)
 
@@ -108,6 +109,40 @@ def test_the_original_answers_recoveries_by_its_program_where_there_is_one(monke
     assert "forward" not in shop.original.__dict__
     without = make_plan(shop.original, shop.task, wanted=["magnitude-pruning"], costs=["size"])
     assert Workshop(shop.task, shop.original, without, [], ["size"])._guide.model is shop.original
+
+
+def test_the_original_answers_in_bfloat16_where_it_is_asked_more_than_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    shop = _shop_with_programs(monkeypatch, "bfloat16-passes")
+    guide = shop._guide
+    assert guide.keeps
+    assert history(guide.model)[-1] == RunCompiled.on(shop.task.example)
+    monkeypatch.setattr("torchgraft.fit.workshop.KEPT_BATCHES", 0)
+    other = _shop_with_programs(monkeypatch, "bfloat16-passes")._guide
+    assert not other.keeps
+    assert history(other.model)[-1] == RunCompiled.on(shop.task.example, "bfloat16")
+
+
+def test_what_rounds_is_scored_as_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    shop = _shop_with_programs(monkeypatch, "bfloat16-passes")
+    width = {"width": ("magnitude-pruning", 0.5)}
+    for key, edits in (("dycl-compile", 1), ("bfloat16-passes", 2)):
+        made = shop.make(Choice({**width, "execution": (key, 1.0)}), 0)
+        scored = shop.as_scored(made.model, made.strengths, 0)
+        assert len(history(scored)) == edits
+        assert shop.score_of(made, 0) == float(shop.score(scored).mean())
+
+
+def test_under_a_budget_what_runs_a_model_alone_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    shop = _shop_with_programs(monkeypatch, "bfloat16-passes")
+    shop.limits = (Limit("latency", 1000.0, True, "latency=1000x"),)
+    measured: list[nn.Module] = []
+    quick = shop.quick_ratios_of
+    monkeypatch.setattr(shop, "quick_ratios_of", lambda models, costs: measured.extend(models) or quick(models, costs))
+    made = shop.make(Choice({"execution": ("bfloat16-passes", 0.5)}), 0)
+    assert made.met
+    assert made.model is shop.original  # there is nothing to recover
+    assert set(made.ratios) == {"latency", "size"}
+    assert len(measured) == 2  # for the cost of the budget, and for the others
 
 
 def test_a_run_of_nothing_but_what_is_exact_ends_well(tmp_path: Path) -> None:

@@ -22,22 +22,14 @@ Departures:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from torchgraft.bench.meters.forward import leaf_tensors, resting
-from torchgraft.bench.meters.latency import interleaved
-from torchgraft.bench.task import Task, call
 from torchgraft.catalogue import Card, Claim
 from torchgraft.engines.control_flow import BACKENDS, Backend, CompiledDynamic, load_host, optimise, specialise
-from torchgraft.engines.control_flow.execution import LEAST_OPERATORS, Execution, RunCompiled
-from torchgraft.engines.control_flow.fused import traits
-from torchgraft.engines.procedure import Procedure, Refusal, Site, ignored
-from torchgraft.engines.surgery.edits import Edit, apply_edits, history
-from torchgraft.errors import BadInput, Untraceable
+from torchgraft.engines.control_flow.passes import Passes
+from torchgraft.errors import BadInput
 
 __all__ = ["CARD", "CompiledDynamic", "CompiledPasses", "compile_dynamic", "load_host"]
 
@@ -103,6 +95,7 @@ def compile_dynamic(
         limit: how many copies of one statement loops may make before numbers become tensors.
 
     Example:
+        >>> import torch
         >>> compiled = compile_dynamic(_Halving(), torch.tensor([8.0]), backend="eager")
         >>> found, done = compiled.run(torch.tensor([5.0]))
         >>> found, [holds for _, holds in done.decisions]
@@ -141,10 +134,7 @@ class _Halving(nn.Module):
         return x
 
 
-_NO_LATENCY = "weights and operators stay; only latency falls, and it is not measured"
-
-
-class CompiledPasses(Procedure):
+class CompiledPasses(Passes):
     """Run the model's passes on inputs like the task's example as compiled programs, at any strength above 0.
 
     Args:
@@ -153,6 +143,8 @@ class CompiledPasses(Procedure):
         latency: whether latency counts at all; where it does not, nothing is a site.
 
     Example:
+        >>> import torch
+        >>> from torchgraft.bench.task import Task
         >>> x, y = torch.randn(8, 4), torch.randint(0, 2, (8,))
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2)).eval()
         >>> task = Task(net, (x, y), (x, y), (x, y), nn.functional.cross_entropy, lambda out, t: out[:, 0])
@@ -164,81 +156,3 @@ class CompiledPasses(Procedure):
 
     card: ClassVar[Card] = CARD
     exact = True
-    expense = 0
-
-    def __init__(self, *, timed: bool = False, latency: bool = True) -> None:
-        self.timed, self.latency = timed, latency
-        self._slow: str | None = None
-        self._refusals: list[Refusal] = []
-
-    def for_costs(self, costs: Sequence[str]) -> CompiledPasses:
-        """Return this procedure, timing where latency counts and doing nothing where it does not."""
-        return CompiledPasses(timed="latency" in costs, latency="latency" in costs)
-
-    def applies_to(self, model: nn.Module, task: Task, *, ignore: Sequence[str] = ()) -> list[Site]:
-        """Return the whole model, or nothing. See :class:`Procedure`."""
-        self._refusals = []
-        if ignored(_WHOLE, ignore):
-            return []
-        found = self._refusal(model, task)
-        if isinstance(found, Refusal):
-            self._refusals = [found]
-            return []
-        if found < LEAST_OPERATORS or RunCompiled.on(task.example) in history(model):
-            return []
-        if self.timed:
-            if self._slow is None:
-                self._slow = _why_slow(model, task)
-            if self._slow:
-                self._refusals = [Refusal(_WHOLE, self._slow)]
-                return []
-        return [Site(_WHOLE, "operators", found, sum(value.numel() for value in model.parameters()))]
-
-    def refusals(self, model: nn.Module, task: Task, *, ignore: Sequence[str] = ()) -> list[Refusal]:
-        """Return why the model cannot be compiled. See :class:`Procedure`."""
-        return list(self._refusals)
-
-    def plan(
-        self, model: nn.Module, task: Task, strength: float, *, ignore: Sequence[str] = (), seed: int = 0
-    ) -> list[Edit]:
-        """Return one edit. See :class:`Procedure`."""
-        return [RunCompiled.on(task.example)]
-
-    def _refusal(self, model: nn.Module, task: Task) -> Refusal | int:
-        """Return why ``model`` cannot be compiled, or how many operators a pass of it has."""
-        if not self.latency:
-            return Refusal(_WHOLE, _NO_LATENCY)
-        held = [*model.parameters(), *model.buffers(), *leaf_tensors(task.example)]
-        if any(value.device.type != "cpu" for value in held):
-            return Refusal(_WHOLE, "operators are joined on a CPU; torch.compile does so elsewhere")
-        named = dict(task.example) if isinstance(task.example, Mapping) else {}
-        args = () if named else tuple(leaf_tensors(task.example))
-        found = traits(model, args, named)
-        if found.obstacle is not None:
-            return Refusal(_WHOLE, found.obstacle)
-        if found.decides:
-            if named:
-                return Refusal(_WHOLE, "it decides on its data, and takes keyword arguments")
-            try:
-                with resting(model):
-                    specialise(model, args)
-            except Untraceable as error:
-                return Refusal(_WHOLE, str(error), error.line)
-        return found.operators
-
-
-#: How the whole model is called as a site.
-_WHOLE = "(model)"
-
-
-def _why_slow(model: nn.Module, task: Task) -> str:
-    """Return why no program is to be used on the task's example; nothing where it is faster than Python."""
-    compiled = apply_edits(model, [RunCompiled.on(task.example)])
-    with resting(compiled), torch.inference_mode():
-        call(compiled, task.example)
-    execution = compiled.__dict__["forward"]
-    if not (isinstance(execution, Execution) and execution.compiled(task.example)):
-        return "it cannot be compiled; the log says why"
-    seconds = interleaved([model, compiled], task.example, rounds=2)
-    ratio = float((seconds[:, 1] / seconds[:, 0]).mean())
-    return "" if ratio < 1.0 else f"compiled it takes {ratio:.2f} of the time here"

@@ -1,15 +1,18 @@
-"""How the float model of a trial ends: in which precision, chosen by what each ending would hold."""
+"""How the float model of a trial ends: in which precision and how it runs, chosen by what each ending would hold."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 
+from torch import nn
+
 from torchgraft.errors import BadInput
-from torchgraft.fit.contribution import LEFT, gains
+from torchgraft.fit.contribution import LEFT, gains, promise
 from torchgraft.fit.plan import check_combination
 from torchgraft.fit.workshop import LAST, NOISY, Made, Workshop
 
-__all__ = ["FEWER", "LITTLE", "MORE", "USUAL", "chosen_ending"]
+__all__ = ["FEWER", "LITTLE", "MORE", "USUAL", "chosen_ending", "chosen_execution"]
 
 #: The strength at which every precision procedure is tried, and those at which the best of them is tried then: fewer
 #: bits, and more of them where fewer did not do.
@@ -65,3 +68,48 @@ def chosen_ending(workshop: Workshop, made: Made, seed: int) -> tuple[dict[str, 
         raise BadInput("no precision procedure can end this model")
     most = max(found, key=lambda each: (each[0], each[2]))
     return most[1], most[2]
+
+
+def chosen_execution(workshop: Workshop, made: Made, score: float, seed: int) -> tuple[nn.Module, float]:
+    """Return ``made`` finished, run as holds most when measured, and its validation score then.
+
+    What is exact is among its strengths already. A pass that rounds is faster on some cuts and not on others, and may
+    cost score: what counts is the score that recovery at length may bring, times the halvings of all costs.
+
+    Args:
+        workshop: what the trials share.
+        made: a model at the end of its trial; its strengths and ratios are set to those of the execution chosen.
+        score: its validation score as it stands.
+        seed: the trial's seed.
+    """
+    members, base = workshop.plan.stages.get(LAST[-1], {}), float(workshop.validation.mean())
+    plain = workshop.finish(made.model, made.strengths, seed, stages=LAST[:-1])
+    kept = {key: strength for key, strength in made.strengths.items() if key not in members}
+    ways = [{key: s for key, s in made.strengths.items() if key in members}]
+    ways += [{key: 1.0} for key, procedure in members.items() if not procedure.exact and not _refused(*kept, key)]
+    models = [workshop.finish(plain, way, seed, stages=LAST[-1:]) for way in ways]
+    measured = workshop.quick_ratios_of(models)
+
+    def held(number: int, score: float) -> float:
+        share, *halvings = promise(score, list(measured[number].values()), base, span=workshop.span)
+        return share * math.prod(max(value, LITTLE) for value in halvings)
+
+    best, most = (0, score), held(0, score)
+    for number in range(1, len(ways)):
+        if measured[number]["latency"] >= measured[0]["latency"]:
+            continue
+        with contextlib.suppress(BadInput):  # NaN
+            rounded = float(workshop.score(models[number]).mean())
+            if held(number, rounded) > most:
+                best, most = (number, rounded), held(number, rounded)
+    number, score = best
+    made.strengths, made.ratios = {**kept, **ways[number]}, measured[number]
+    return models[number], score
+
+
+def _refused(*keys: str) -> bool:
+    try:
+        check_combination(keys)
+    except BadInput:
+        return True
+    return False

@@ -14,13 +14,13 @@ from torchgraft.errors import BadInput
 from torchgraft.fit.contribution import LEFT, SPAN, gains, promise
 from torchgraft.fit.pareto import hypervolume
 from torchgraft.fit.plan import check_combination
-from torchgraft.fit.workshop import LAST, Workshop
+from torchgraft.fit.workshop import Workshop
 
 __all__ = ["ENDING_SHARE", "Finalist", "Recovered", "left_over", "other_endings", "promising", "worth_recovering"]
 
 #: The strengths of precision procedures by which recovered models end otherwise, and the share of the recovery's time
 #: that this may take.
-ENDINGS, ENDING_SHARE = (0.8, 1.0), 0.15
+ENDINGS, ENDING_SHARE = (0.8, 1.0, 0.5), 0.15
 #: What a recovery of this run weighs against what is known beforehand is 1 to this; a fall below this share of the span
 #: that counts tells nothing.
 BEFOREHAND, TELLING = 0.5, 0.1
@@ -38,6 +38,7 @@ class Finalist:
         scores: validation score of every sample.
         polished: whether it was recovered at length.
         float_model: the model before its precision procedure, where it was recovered.
+        float_score: mean validation score of that.
         times: quickly measured ratios of noisy costs, where they are known.
     """
 
@@ -48,6 +49,7 @@ class Finalist:
     scores: Tensor
     polished: bool = False
     float_model: nn.Module | None = None
+    float_score: float | None = None
     times: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -115,7 +117,9 @@ def worth_recovering(
 def other_endings(workshop: Workshop, polished: Sequence[Finalist], until: float) -> list[Finalist]:
     """Return the recovered models with other precision procedures at their end than they were searched with.
 
-    The float model under a precision procedure is trained without it, so another ending costs no training.
+    The float model under a precision procedure is trained without it, so another ending costs no training. First comes
+    what suited the model when it was tried, with more bits where rounding has lost much of what recovery has brought,
+    else with fewer; then the other procedures.
 
     Args:
         workshop: what the run shares.
@@ -123,10 +127,18 @@ def other_endings(workshop: Workshop, polished: Sequence[Finalist], until: float
         until: time (monotonic) after which no more are made.
     """
     stage = workshop.plan.stages.get("precision", {})
+    telling = TELLING * (workshop.span or SPAN * max(abs(float(workshop.validation.mean())), 1e-9))
     found = []
-    ways = itertools.product(stage, ENDINGS, polished)
-    # What suits a model best was seen when it was tried; the same with more or fewer bits is nearest to that.
-    for key, strength, finalist in sorted(ways, key=lambda way: way[0] not in way[2].strengths):
+
+    def turn(way: tuple[str, float, Finalist]) -> tuple[int, float]:
+        key, strength, finalist = way
+        own = finalist.strengths.get(key)
+        if own is None:
+            return 1, ENDINGS.index(strength)
+        lost = 0.0 if finalist.float_score is None else finalist.float_score - float(finalist.scores.mean())
+        return 0 if (strength < own) == (lost > telling) else 2, abs(strength - own)
+
+    for key, strength, finalist in sorted(itertools.product(stage, ENDINGS, polished), key=turn):
         own = {k: s for k, s in finalist.strengths.items() if k not in stage}
         strengths = {**own, key: strength}
         if strengths == finalist.strengths or not own or time.monotonic() > until:
@@ -134,7 +146,7 @@ def other_endings(workshop: Workshop, polished: Sequence[Finalist], until: float
         float_model = finalist.float_model or finalist.model
         try:
             check_combination(list(strengths))
-            scores = workshop.score(workshop.finish(float_model, strengths, workshop.seed, stages=LAST[:1]))
+            scores = workshop.score(workshop.as_scored(float_model, strengths, workshop.seed))
             model = workshop.finish(float_model, strengths, workshop.seed)
         except BadInput:
             continue  # refused beside what stands there

@@ -113,7 +113,7 @@ def _polish(
             continue
         times = {cost: ratio for cost, ratio in trial.user_attrs["record"]["ratios"].items() if cost in NOISY}
         name = f"trial-{slot}-recovered"
-        finalists.append(Finalist(name, finished, strengths, effort.steps + steps, scores, True, model, times))
+        finalists.append(Finalist(name, finished, strengths, effort.steps + steps, scores, True, model, reached, times))
     return finalists
 
 

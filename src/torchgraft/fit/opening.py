@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from torchgraft.errors import BadInput
 from torchgraft.fit.contribution import promise
@@ -71,15 +72,15 @@ def _halvings(facts: Sequence[Known], cost: str) -> float:
     return max(sum(fact.gain([cost]) / max(fact.kept, 1e-9) for fact in facts), LITTLE)
 
 
-def _combinations(plan: Plan, aims: Sequence[str], *, endings: int) -> list[Keys]:
-    """Return every allowed combination of the two cheapest procedures of each stage, of ``endings`` for precision.
+def _combinations(plan: Plan, aims: Sequence[str], *, counts: Mapping[str, int] = MappingProxyType({})) -> list[Keys]:
+    """Return every allowed combination of the cheapest procedures of each stage: two, or as ``counts`` says.
 
-    What is exact is in every one of them.
+    What is exact is in every one of them, unless another procedure of its stage is.
     """
     options: list[list[str | None]] = []
     for stage, members in plan.stages.items():
         best: list[str | None] = [*sorted(members, key=lambda key: price(key, members[key].expense, aims=aims))]
-        best = best[: endings if stage == "precision" else 2]
+        best = best[: counts.get(stage, 2)]
         free = [key for key in members if members[key].exact]
         options.append([*free, *(key for key in best if key not in free)] if free else [None, *best])
     found = []
@@ -94,7 +95,9 @@ def _combinations(plan: Plan, aims: Sequence[str], *, endings: int) -> list[Keys
     return found
 
 
-def _tried(plan: Plan, trials: Sequence[Trial], standing: Mapping[str, str] | None = None) -> dict[Keys, list[Trial]]:
+def _tried(
+    plan: Plan, trials: Sequence[Trial], standing: Mapping[str, str | None] | None = None
+) -> dict[Keys, list[Trial]]:
     """Return the trials by their procedures, in the order of the plan; what ``standing`` names stands for others."""
     found: dict[Keys, list[Trial]] = {}
     for trial in trials:
@@ -126,7 +129,7 @@ def _put_right(guess: float, keys: Keys, credit: Mapping[str, float]) -> float:
 
 def _choice(plan: Plan, keys: Keys, strength: float, precision: float) -> Choice:
     stages = {key: stage for stage, members in plan.stages.items() for key in members}
-    full = {key for key in keys if plan.procedures[key].exact}
+    full = {key for key in keys if plan.procedures[key].exact or stages[key] == "execution"}
     at = {k: 1.0 if k in full else precision if stages[k] == "precision" else strength for k in keys}
     return Choice({stages[key]: (key, at[key]) for key in keys})
 
@@ -156,7 +159,9 @@ def descent(
         return None
     asked = {cost: max(-math.log2(max(ratio, 1e-9)), LITTLE) for cost, ratio in needs.items()}
     guessed, stretch = {}, {}
-    for keys in _combinations(plan, list(needs), endings=2):
+    # What is not exact in how a model runs can only help where its time counts.
+    counts = {} if "latency" in needs else {"execution": 0}
+    for keys in _combinations(plan, list(needs), counts=counts):
         facts = _facts(plan, keys)
         stretch[keys] = max(halvings / _halvings(facts, cost) for cost, halvings in asked.items())
         guessed[keys] = math.prod(max(fact.kept, 1e-3) for fact in facts) ** (stretch[keys] ** 2)
@@ -194,7 +199,7 @@ def ascent(
     afterwards if that was too far. One that has lost everything may come again at half its strength. One that differs
     from a combination that was tried by one procedure begins where that was worth most. The most volume for the time is
     next. One precision procedure stands for all: which of them ends a model, and how far it goes, is chosen when the
-    float model under it is there (:mod:`~torchgraft.fit.endings`).
+    float model under it is there, and so is how that is executed (:mod:`~torchgraft.fit.endings`).
 
     Args:
         plan: what may be done.
@@ -208,18 +213,24 @@ def ascent(
         return None
     stages = {key: stage for stage, members in plan.stages.items() for key in members}
 
-    dialled = {key for key, p in plan.procedures.items() if stages[key] != "precision" and not p.exact}
+    ending = ("precision", "execution")
+    dialled = {key for key, p in plan.procedures.items() if stages[key] not in ending and not p.exact}
 
     def rung(trial: Trial) -> float:
         """The strength of a trial's float procedures, which is the same for all of them in an ascent."""
         return min([strength for key, strength in trial.procedures.items() if key in dialled], default=1.0)
 
     guessed = {}
-    for keys in _combinations(plan, aims, endings=1):
+    for keys in _combinations(plan, aims, counts={"precision": 1, "execution": 0}):
         facts = _facts(plan, keys)
         guessed[keys] = math.prod(fact.kept for fact in facts) * math.prod(_halvings(facts, cost) for cost in aims)
     endings = {key for keys in guessed for key in keys if stages[key] == "precision"}
-    tried = _tried(plan, trials, {key: next(iter(endings), key) for key in plan.stages.get("precision", {})})
+    executions = plan.stages.get("execution", {})
+    standing: dict[str, str | None] = dict.fromkeys(
+        executions, next((k for k, p in executions.items() if p.exact), None)
+    )
+    standing |= {key: next(iter(endings), key) for key in plan.stages.get("precision", {})}
+    tried = _tried(plan, trials, standing)
     credit = _credit({k: _volume(t[0], original, aims, span)[0] for k, t in tried.items() if k in guessed}, guessed)
 
     def beside(keys: Keys, other: Keys) -> bool:

@@ -22,7 +22,7 @@ from torchgraft.catalogue.card import STAGES
 from torchgraft.engines import recipe
 from torchgraft.errors import BadInput
 from torchgraft.fit import storage
-from torchgraft.fit.endings import chosen_ending
+from torchgraft.fit.endings import chosen_ending, chosen_execution
 from torchgraft.fit.opening import STARTUP, alone, ascent, descent
 from torchgraft.fit.plan import Plan, check_combination
 from torchgraft.fit.workshop import FILLERS, Choice, Made, Workshop
@@ -220,9 +220,12 @@ def run_trial(
         made.strengths, score = chosen_ending(workshop, made, seed)
     else:
         score = workshop.score_of(made, seed)
-    finished = workshop.finish(made.model, made.strengths, seed)
-    if not workshop.limits:
-        made.ratios = workshop.quick_ratios(finished)
+    if choice.free_ending:
+        finished, score = chosen_execution(workshop, made, score, seed)
+    else:
+        finished = workshop.finish(made.model, made.strengths, seed)
+        if not workshop.limits:
+            made.ratios = workshop.quick_ratios(finished)
     if folder is not None:
         keep(workshop, made, finished, folder, seed, score)
     return record("complete", score, ""), rung

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.bench import meters
+from torchgraft.bench.meters.latency import interleaved
 from torchgraft.bench.task import Task
 from torchgraft.bench.training import evaluate
 from torchgraft.catalogue.card import STAGES
@@ -35,6 +37,8 @@ LAST = ("precision", "execution")
 #: Costs that are noisy and are therefore aimed at with a margin.
 NOISY = ("latency",)
 MARGIN = 0.93
+#: Timing rounds of a quick measurement.
+QUICK = 5
 #: How far below the target a solved strength may fall before the search goes on.
 SLACK = 0.94
 
@@ -122,11 +126,14 @@ class Workshop:
 
     @cached_property
     def _guide(self) -> Teacher:
-        """The original as a teacher of all recoveries, run as what is exact runs it; logits are kept where it pays."""
-        exact = {k: 1.0 for k in self.plan.stages.get(LAST[-1], {}) if self.plan.procedures[k].exact}
-        guide = Teacher(self.finish(self.original, exact, self.seed), self.task)
+        """The original as a teacher of all recoveries, run as it runs fastest; logits are kept where it pays."""
         size = len(self.task.train)
-        return guide.prepare(size) if size <= KEPT_BATCHES * self.task.batch_size else guide
+        kept = size <= KEPT_BATCHES * self.task.batch_size
+        # A pass that rounds is in the plan where it was found to be faster; what is kept is asked for once.
+        stage = self.plan.stages.get(LAST[-1], {})
+        ways = sorted((k for k, p in stage.items() if p.exact or not kept), key=lambda k: stage[k].exact)
+        guide = Teacher(self.finish(self.original, dict.fromkeys(ways[:1], 1.0), self.seed), self.task)
+        return guide.prepare(size) if kept else guide
 
     def bound(self, cost: str) -> float:
         """Return the limit on ``cost`` as a ratio, infinite where there is none."""
@@ -142,19 +149,25 @@ class Workshop:
 
     def quick_ratios(self, model: nn.Module, costs: Sequence[str] | None = None) -> dict[str, float]:
         """Return the cost ratios of ``model`` with few rounds."""
+        return self.quick_ratios_of([model], costs)[0]
+
+    def quick_ratios_of(
+        self, models: Sequence[nn.Module], costs: Sequence[str] | None = None
+    ) -> list[dict[str, float]]:
+        """Return the cost ratios of each of ``models`` with few rounds, in which they take turns with the original."""
         wanted = list(self.costs if costs is None else costs)
         exact = [cost for cost in wanted if cost not in NOISY]
-        ratios: dict[str, float] = {}
-        if exact:
-            reading = meters.measure(model, self.task.example, costs=exact)
+        found: list[dict[str, float]] = [{} for _ in models]
+        for model, ratios in zip(models, found, strict=True):
+            readings = meters.measure(model, self.task.example, costs=exact).readings
             for cost in exact:
                 before = self.baseline.readings[cost].value
-                ratios[cost] = reading.readings[cost].value / before if before else 1.0
-        noisy = [cost for cost in wanted if cost in NOISY]
-        if noisy:
-            found = meters.compare(self.original, model, self.task.example, costs=noisy, rounds=5)
-            ratios.update({cost: ratio.value for cost, ratio in found.items()})
-        return ratios
+                ratios[cost] = readings[cost].value / before if before else 1.0
+        if any(cost in NOISY for cost in wanted):  # latency is the only one
+            seconds = interleaved([self.original, *models], self.task.example, rounds=QUICK)
+            for place, ratios in enumerate(found, 1):
+                ratios["latency"] = statistics.median((seconds[:, place] / seconds[:, 0]).tolist())
+        return found
 
     def load(self, ratios: Mapping[str, float]) -> float:
         """Return the largest ratio relative to its limit; at most 1 where the budget is met.
@@ -198,8 +211,13 @@ class Workshop:
         return model
 
     def score_of(self, made: Made, seed: int) -> float:
-        """Return the mean validation score of a candidate; how it is executed changes nothing of it."""
-        return float(self.score(self.finish(made.model, made.strengths, seed, stages=LAST[:1])).mean())
+        """Return the mean validation score of a candidate."""
+        return float(self.score(self.as_scored(made.model, made.strengths, seed)).mean())
+
+    def as_scored(self, model: nn.Module, strengths: Mapping[str, float], seed: int) -> nn.Module:
+        """Return ``model`` as :meth:`finish` does, but for an execution that changes nothing of its score."""
+        rounds = any(not p.exact for key, p in self.plan.stages.get(LAST[-1], {}).items() if key in strengths)
+        return self.finish(model, strengths, seed, stages=LAST if rounds else LAST[:-1])
 
     def _endings(self, model: nn.Module, key: str) -> list[Edit]:
         return self.plan.procedures[key].ending(model, self.task, ignore=self.ignore)
@@ -248,7 +266,7 @@ class Workshop:
             made = build(strength)
             if made.met:
                 best, high = made, strength
-                if self._aim(made.ratios, choice.target) >= SLACK or high - low < 0.01:
+                if filler is None or self._aim(made.ratios, choice.target) >= SLACK or high - low < 0.01:
                     break
             else:
                 low = strength

@@ -2,7 +2,8 @@
 
 The model stays the module that it was: its parameters, its names, its training. Only what ``model(...)`` does in eval
 mode without gradients, on inputs of these sizes, is done by a program (:mod:`~torchgraft.engines.control_flow.fused`),
-or, where the path depends on the data, by a host over several (:class:`CompiledDynamic`).
+or, where the path depends on the data, by a host over several (:class:`CompiledDynamic`). Programs may compute in
+bfloat16 (:mod:`~torchgraft.engines.control_flow.narrow`); inputs of other sizes are then answered in bfloat16 too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import logging
 import operator
 import types
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import model_validator
@@ -25,15 +26,19 @@ from torchgraft.bench.task import Inputs
 from torchgraft.engines.control_flow.compiled import CompiledDynamic, difference
 from torchgraft.engines.control_flow.fused import fused, traits
 from torchgraft.engines.control_flow.graphs import optimise
+from torchgraft.engines.control_flow.narrow import Narrow, same_form
 from torchgraft.engines.control_flow.specialise import specialise
 from torchgraft.engines.native import traced
 from torchgraft.engines.surgery.edits import Edit
 from torchgraft.errors import BadInput
 
-__all__ = ["LEAST_OPERATORS", "Execution", "RunCompiled", "compiled_pass", "form_of"]
+__all__ = ["LEAST_OPERATORS", "Arithmetic", "Execution", "RunCompiled", "compiled_pass", "form_of"]
 
-#: Largest accepted difference of a program from Python, relative to the largest output: float32 sums in another order.
-TOLERANCE = 1e-4
+#: The numbers that a pass computes in, where they are not those of the model.
+Arithmetic = Literal["bfloat16"]
+#: Largest accepted difference of a program from Python, relative to the largest output: float32 sums in another order,
+#: and bfloat16 rounded in other places.
+TOLERANCE, NARROW_TOLERANCE = 1e-4, 2**-5
 #: Fewer operators than this leave nothing to join.
 LEAST_OPERATORS = 4
 _logger = logging.getLogger("torchgraft")
@@ -59,26 +64,16 @@ def _tells(values: Iterable[Tensor]) -> bool:
     return not all(torch.equal(value, _other(value)) for value in values)
 
 
-def _same_form(expected: Any, found: Any) -> bool:
-    """Say whether two results are of the same types throughout; a trace makes plain dicts of dicts with attributes."""
-    if type(expected) is not type(found):
-        return False
-    if isinstance(expected, Tensor):
-        return bool(expected.dtype == found.dtype and expected.shape == found.shape)
-    if isinstance(expected, dict):
-        return list(expected) == list(found) and all(_same_form(expected[key], found[key]) for key in expected)
-    if isinstance(expected, tuple | list):
-        return len(expected) == len(found) and all(map(_same_form, expected, found))
-    return True
-
-
-def compiled_pass(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> Callable[..., Any]:
+def compiled_pass(
+    model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], tolerance: float | None = None
+) -> Callable[..., Any]:
     """Return a compiled forward pass of ``model`` for inputs like these, checked against Python on two inputs.
 
     Args:
         model: a network in eval mode on a CPU; its weights are copied.
         args: positional arguments.
         kwargs: keyword arguments, in place of positional ones.
+        tolerance: largest accepted difference, relative to the largest output; default: :data:`TOLERANCE`.
 
     Raises:
         BadInput: it cannot be compiled, or the program's outputs are not those of the model.
@@ -104,10 +99,10 @@ def compiled_pass(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[st
     with resting(model), torch.no_grad():
         for given, named in ((args, kwargs), turned):
             expected, found = model(*given, **named), run(*given, **named)
-            if not _same_form(expected, found):
+            if not same_form(expected, found):
                 raise BadInput(f"a program cannot return the model's {type(expected).__name__}")
             gap = difference(expected, found)
-            if not gap <= TOLERANCE:
+            if not gap <= (TOLERANCE if tolerance is None else tolerance):
                 raise BadInput(f"the program's outputs differ from the model's by {gap:.2g}")
     return run
 
@@ -131,24 +126,30 @@ class Execution:
     Python runs instead in training mode, with gradients, on other sizes, dtypes and devices, under hooks, modes,
     transforms and traces, and where compiling fails, which goes to the log once.
 
+    Where ``arithmetic`` names numbers of fewer bits, a rounded copy of the model answers calls of every size, and
+    programs are made of that copy. In all the other cases above the answer is float32's.
+
     Args:
         model: the model.
         forms: the calls that programs are made for.
+        arithmetic: the numbers to compute in; default: those of the model.
     """
 
-    def __init__(self, model: nn.Module, forms: frozenset[Form]) -> None:
-        self.model, self.forms = model, forms
+    def __init__(self, model: nn.Module, forms: frozenset[Form], arithmetic: Arithmetic | None = None) -> None:
+        self.model, self.forms, self.arithmetic = model, forms, arithmetic
         self._plain: Callable[..., Any] = types.MethodType(type(model).forward, model)
         functools.update_wrapper(self, self._plain)
         self.__code__ = type(model).forward.__code__  # torch.export names arguments by it
         self._programs: dict[Form, Callable[..., Any] | None] = {}
         self._made_of: _MadeOf | None = None
+        self._narrow: Narrow | None = None
+        self._narrows = arithmetic is not None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Execution:
-        return Execution(copy.deepcopy(self.model, memo), self.forms)
+        return Execution(copy.deepcopy(self.model, memo), self.forms, self.arithmetic)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Execution, (self.model, self.forms)
+        return Execution, (self.model, self.forms, self.arithmetic)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the model does, by a program where there is one."""
@@ -166,30 +167,60 @@ class Execution:
         if (args and kwargs) or not all(type(value) is Tensor and value.is_cpu for value in values):
             return None
         form = tuple(kwargs), tuple(value.shape for value in values), tuple(value.dtype for value in values)
-        if form not in self.forms:
+        listed = form in self.forms
+        if not listed and not self._narrows:
             return None
         known = self._made_of
-        if known is None or not known.still():
+        changed = known is not None and not known.still()
+        if known is None or changed:
             self._programs.clear()
+            self._narrow, self._narrows = None, self.arithmetic is not None
             self._made_of = _MadeOf(self.model)
-            if known is not None:  # what keeps changing is not compiled at every call
-                return None
         if self._made_of is None or self._made_of.busy():
             return None
-        if form not in self._programs:
-            if not _tells(values):
-                return None  # a later call may
+        if listed and form not in self._programs and not changed and _tells(values):
+            # What keeps changing is not compiled at every call, and inputs that tell nothing wait for others that do.
             self._programs[form] = None  # while it is being made, Python runs
             self._programs[form] = self._compiled(args, kwargs)
-        return self._programs[form]
+        program = self._programs.get(form)
+        if program is None and self._rounded(args, kwargs) is not None:
+            return self._in_python
+        return program
+
+    def _rounded(self, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Narrow | None:
+        """Return the rounded copy of the model, made at the first call that needs it; ``None`` where it has none."""
+        if self._narrows and self._narrow is None:
+            try:
+                self._narrow = Narrow.of(self.model, self._plain, args, kwargs)
+            except BadInput as error:
+                self._narrows = False
+                self._told(error, "float32")
+        return self._narrow
+
+    def _in_python(self, *args: Tensor, **kwargs: Tensor) -> Any:
+        try:
+            return cast(Narrow, self._narrow)(*args, **kwargs)
+        except (
+            Exception
+        ):  # this size takes a path that knows no such numbers, or is wrong, as the model itself will say
+            return self._plain(*args, **kwargs)
 
     def _compiled(self, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Callable[..., Any] | None:
-        try:
-            return compiled_pass(self.model, args, kwargs)
-        except Exception as error:  # whatever a compiler trips over; what is wrong with the inputs, Python will say
-            why = str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {error}"
-            _logger.info("%s runs as Python: %s", type(self.model).__name__, why)
+        narrow = self._rounded(args, kwargs)
+        if narrow is None and self.arithmetic is not None:
             return None
+        try:
+            if narrow is None:
+                return compiled_pass(self.model, args, kwargs)
+            given, named = narrow.inputs(args), narrow.inputs(kwargs)
+            return Narrow(compiled_pass(narrow.run, given, named, NARROW_TOLERANCE))
+        except Exception as error:  # whatever a compiler trips over; what is wrong with the inputs, Python will say
+            self._told(error, "Python")
+            return None
+
+    def _told(self, error: Exception, instead: str) -> None:
+        why = str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {error}"
+        _logger.info("%s runs as %s: %s", type(self.model).__name__, instead, why)
 
 
 class _MadeOf:
@@ -244,12 +275,14 @@ class RunCompiled(Edit):
         names: names of the keyword arguments; none where all are positional.
         sizes: shape of each argument.
         kinds: dtype of each argument, such as ``"float32"``.
+        arithmetic: the numbers to compute in; default: those of the model.
     """
 
     op: ClassVar[str] = "run-compiled"
     names: tuple[str, ...] = ()
     sizes: tuple[tuple[int, ...], ...]
     kinds: tuple[str, ...]
+    arithmetic: Arithmetic | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> RunCompiled:
@@ -261,22 +294,30 @@ class RunCompiled(Edit):
         return self
 
     @classmethod
-    def on(cls, inputs: Inputs) -> RunCompiled:
+    def on(cls, inputs: Inputs, arithmetic: Arithmetic | None = None) -> RunCompiled:
         """Return the edit for inputs like these."""
-        names, sizes, kinds = form_of(inputs)
-        return cls(names=names, sizes=sizes, kinds=tuple(str(kind).removeprefix("torch.") for kind in kinds))
+        names, sizes, dtypes = form_of(inputs)
+        kinds = tuple(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return cls(names=names, sizes=sizes, kinds=kinds, arithmetic=arithmetic)
+
+    @property
+    def form(self) -> Form:
+        """What the calls that the program serves are recognised by."""
+        return self.names, self.sizes, tuple(getattr(torch, kind) for kind in self.kinds)
 
     def rewrite(self, model: nn.Module) -> nn.Module:
         """Put an :class:`Execution` in the place of the model's forward."""
-        form: Form = self.names, self.sizes, tuple(getattr(torch, kind) for kind in self.kinds)
         standing = model.__dict__.get("forward")
         if standing is not None and not isinstance(standing, Execution):
             raise BadInput("run-compiled: something else stands for the model's forward")
+        if standing is not None and standing.arithmetic != self.arithmetic:
+            raise BadInput(f"run-compiled: its programs compute in {standing.arithmetic or 'its own numbers'} already")
         forms = standing.forms if standing is not None else frozenset()
-        model.__dict__["forward"] = Execution(model, forms | {form})
+        model.__dict__["forward"] = Execution(model, forms | {self.form}, self.arithmetic)
         return model
 
     def describe(self) -> dict[str, str]:
         """Say for which inputs."""
         sizes = ", ".join("x".join(map(str, size)) for size in self.sizes)
-        return {"(model)": f"one compiled program for inputs of {sizes}"}
+        numbers = f" in {self.arithmetic}" if self.arithmetic else ""
+        return {"(model)": f"one compiled program{numbers} for inputs of {sizes}"}
