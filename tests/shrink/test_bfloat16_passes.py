@@ -210,6 +210,19 @@ def test_the_edit_comes_back_and_takes_no_other_numbers_beside_it() -> None:
         apply_edits(_mlp(), [RunCompiled.on(x), edit])
 
 
+def test_what_is_first_called_in_inference_mode_serves_elsewhere_too() -> None:
+    model = apply_edits(_mlp(), [FewBit(bits={"0": 4})])
+    with torch.inference_mode():
+        made = narrowed(model)
+    assert not any(value.is_inference() for value in (*made.parameters(), *made.buffers(), made[0].weight))  # type: ignore[index]
+    x = torch.randn(5, 6)
+    run, _ = _in_bfloat16(model, x)
+    with torch.inference_mode():
+        found = run(x)
+    with torch.no_grad():
+        assert torch.equal(run(x), found)
+
+
 # What does not bear it
 
 
@@ -249,9 +262,40 @@ class _Named(nn.Module):
         return _Result(logits=self.inner(x).relu() * 2)
 
 
+class _Counts(nn.Module):
+    """Writes to its own buffer in eval mode, so that a copy would count by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.get_buffer("calls").add_(1)
+        return (x * 2).relu() + 1
+
+
+class _Budgets(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.kept = nn.Linear(4, 4), [4]
+
+    def set_budget(self, kept: int) -> None:
+        self.kept[0] = kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x).relu()[:, : self.kept[0]] * 2
+        return out
+
+
 @pytest.mark.parametrize(
     ("model", "why"),
-    [(_Creates(99), "does not run in bfloat16"), (_Cancels(), "differ by"), (_Named(), "does not return the _Result")],
+    [
+        (_Creates(99), "does not run in bfloat16"),
+        (_Cancels(), "differ by"),
+        (_Named(), "does not return the _Result"),
+        (_Counts(), "changes its own buffers"),
+        (_Budgets(), "budgets that are switched"),
+    ],
 )
 def test_what_does_not_bear_it_runs_in_float32_and_says_so(
     model: nn.Module, why: str, caplog: pytest.LogCaptureFixture
@@ -266,6 +310,34 @@ def test_what_does_not_bear_it_runs_in_float32_and_says_so(
     told = [record.getMessage() for record in caplog.records]
     assert sum(why in line for line in told) == 1
     assert "runs as float32" in told[0]
+
+
+def test_a_model_that_counts_its_calls_is_not_asked_again_at_every_one() -> None:
+    made, _ = _in_bfloat16(_Counts().eval(), torch.randn(6, 4))
+    with torch.no_grad():
+        for _ in range(10):
+            made(torch.randn(6, 4))
+    assert made.calls == 11  # one pass told that it counts
+
+
+def test_what_was_refused_is_tried_again_once_other_weights_stay() -> None:
+    class _Offset(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.offset = nn.Linear(4, 4), nn.Parameter(torch.tensor(1000.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.inner(x) + self.offset - self.offset).relu() - 1.0
+
+    x = torch.randn(6, 4)
+    made, execution = _in_bfloat16(_Offset().eval(), x)
+    with torch.no_grad():
+        assert torch.equal(made(x), execution._plain(x))  # what is left of large numbers is lost
+        made.offset.zero_()
+        plain = execution._plain(x)
+        assert torch.equal(made(x), plain)
+        assert not torch.equal(made(x), plain)
+        assert execution.compiled(x)
 
 
 def test_a_size_that_takes_another_path_runs_in_float32_and_the_others_go_on() -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torchgraft.bench.meters.forward import leaf_tensors, resting
 from torchgraft.bench.task import Inputs
 from torchgraft.engines.control_flow.compiled import CompiledDynamic, difference
-from torchgraft.engines.control_flow.fused import fused, traits
+from torchgraft.engines.control_flow.fused import checked_traits, fused
 from torchgraft.engines.control_flow.graphs import optimise
 from torchgraft.engines.control_flow.narrow import Narrow, same_form
 from torchgraft.engines.control_flow.specialise import specialise
@@ -81,13 +81,9 @@ def compiled_pass(
     """
     if not _tells((*args, *kwargs.values())):
         raise BadInput("these inputs are the same backwards, so that nothing shows that the program reads them")
-    if any(hasattr(module, "set_budget") for module in model.modules()):
-        raise BadInput("it has budgets that are switched at run time")
-    known = traits(model, args, kwargs)
+    known = checked_traits(model, args, kwargs)
     if known.operators < LEAST_OPERATORS:
         raise BadInput("there are no operators to join")
-    if known.obstacle is not None:
-        raise BadInput(known.obstacle)
     run: Callable[..., Any]
     if known.decides:
         if kwargs:
@@ -143,7 +139,7 @@ class Execution:
         self._programs: dict[Form, Callable[..., Any] | None] = {}
         self._made_of: _MadeOf | None = None
         self._narrow: Narrow | None = None
-        self._narrows = arithmetic is not None
+        self._narrows, self._waits = arithmetic is not None, False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Execution:
         return Execution(copy.deepcopy(self.model, memo), self.forms, self.arithmetic)
@@ -168,14 +164,17 @@ class Execution:
             return None
         form = tuple(kwargs), tuple(value.shape for value in values), tuple(value.dtype for value in values)
         listed = form in self.forms
-        if not listed and not self._narrows:
+        if not listed and self.arithmetic is None:
             return None
         known = self._made_of
         changed = known is not None and not known.still()
         if known is None or changed:
             self._programs.clear()
-            self._narrow, self._narrows = None, self.arithmetic is not None
-            self._made_of = _MadeOf(self.model)
+            # What was refused is tried again where weights have come to stay, not at every change.
+            self._waits = self.arithmetic is not None and not self._narrows
+            self._narrow, self._made_of = None, _MadeOf(self.model)
+        elif self._waits:
+            self._waits, self._narrows = False, True
         if self._made_of is None or self._made_of.busy():
             return None
         if listed and form not in self._programs and not changed and _tells(values):
@@ -200,9 +199,8 @@ class Execution:
     def _in_python(self, *args: Tensor, **kwargs: Tensor) -> Any:
         try:
             return cast(Narrow, self._narrow)(*args, **kwargs)
-        except (
-            Exception
-        ):  # this size takes a path that knows no such numbers, or is wrong, as the model itself will say
+        except Exception:
+            # This size takes a path that knows no such numbers, or is wrong, which the model itself will say.
             return self._plain(*args, **kwargs)
 
     def _compiled(self, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Callable[..., Any] | None:

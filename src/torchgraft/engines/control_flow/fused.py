@@ -20,7 +20,7 @@ from torchgraft.bench.meters.forward import resting
 from torchgraft.engines.surgery.trace import quiet
 from torchgraft.errors import BadInput
 
-__all__ = ["Traits", "fused", "traits"]
+__all__ = ["Traits", "checked_traits", "fused", "traits"]
 
 #: Calls after which the program is as it stays: profiled, then optimised.
 _WARM = 3
@@ -85,6 +85,20 @@ def traits(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
             module(*args, **(kwargs or {}))
         draws = not torch.equal(state, torch.random.get_rng_state())
     return Traits(watch.operators, watch.decides, draws, _versions(module) != before)
+
+
+def checked_traits(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Traits:
+    """Return the traits of a network of which a copy can do what it does.
+
+    Raises:
+        BadInput: no copy can: it draws random numbers, writes to its own buffers, or is switched at run time.
+    """
+    if any(hasattr(each, "set_budget") for each in module.modules()):
+        raise BadInput("it has budgets that are switched at run time")
+    found = traits(module, args, kwargs)
+    if found.obstacle is not None:
+        raise BadInput(found.obstacle)
+    return found
 
 
 def fused(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Tensor] | None = None) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from torchgraft.bench.meters.forward import resting
 from torchgraft.engines.control_flow.compiled import difference
+from torchgraft.engines.control_flow.fused import checked_traits
 from torchgraft.errors import BadInput
 
 __all__ = ["NARROW", "WIDEST_GAP", "Narrow", "narrowed", "same_form"]
@@ -47,17 +48,17 @@ def narrowed(model: nn.Module) -> nn.Module:
         >>> narrowed(nn.Linear(2, 2)).weight.dtype
         torch.bfloat16
     """
-    made = copy.deepcopy(model)
-    made.__dict__.pop("forward", None)  # an execution, where there is one
     values: list[tuple[nn.Module, dict[str, Tensor]]] = []
-    for module in made.modules():
-        names = {*getattr(module, "parameter_buffers", ()), *getattr(module, "parametrizations", ())}
-        held = [name for name in sorted(names) if isinstance(getattr(type(module), name, None), property)]
-        with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode serves there alone
+        made = copy.deepcopy(model)
+        made.__dict__.pop("forward", None)  # an execution, where there is one
+        for module in made.modules():
+            names = {*getattr(module, "parameter_buffers", ()), *getattr(module, "parametrizations", ())}
+            held = [name for name in sorted(names) if isinstance(getattr(type(module), name, None), property)]
             read = {name: getattr(module, name).detach().to(NARROW) for name in held}
-        if read:
-            values.append((module, read))
-    made = made.to(NARROW).eval()
+            if read:
+                values.append((module, read))
+        made = made.to(NARROW).eval()
     for module, read in values:
         # The class's property would stand before anything that the module holds: a class of its own stands before it.
         kind = type(module)
@@ -106,11 +107,13 @@ class Narrow:
             kwargs: keyword arguments.
 
         Raises:
-            BadInput: the model is of another dtype, does not run in bfloat16, or returns something else there.
+            BadInput: the model is of another dtype, does not run in bfloat16, returns something else there, or no copy
+                can do what it does.
         """
         held = (*model.parameters(), *model.buffers())
         if any(value.is_floating_point() and value.dtype != torch.float32 for value in held):
             raise BadInput("it does not hold float32")
+        checked_traits(model, args, kwargs)
         with resting(model), torch.no_grad():
             expected = plain(*args, **kwargs)
             try:
