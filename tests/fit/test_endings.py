@@ -49,7 +49,7 @@ class _Shop:
         self, model: object, strengths: Mapping[str, float], seed: int, *, stages: Sequence[str]
     ) -> dict[str, float]:
         assert "execution" not in stages
-        return dict(strengths)
+        return dict(strengths) | {"precise": float("precision" in stages)}
 
     def score(self, model: Mapping[str, float]) -> Tensor:
         ending = self._ending(model)
@@ -66,12 +66,16 @@ class _Shop:
         assert ending is not None
         return {"size": self.table[ending][1]}
 
-    def score_of(self, made: Made, seed: int) -> float:
-        return 0.5
-
 
 def _made() -> Made:
     return Made(nn.Identity(), {"taylor-pruning": 0.7, CODES: USUAL, "dycl-compile": 1.0})
+
+
+def _chosen(shop: Any) -> tuple[dict[str, float], float]:
+    made = _made()
+    model, score = chosen_ending(shop, made, 0)
+    assert dict(model) == made.strengths | {"precise": 1.0}  # the model is the one that was scored
+    return made.strengths, score
 
 
 def test_the_ending_that_holds_most_is_taken_by_hand() -> None:
@@ -82,7 +86,7 @@ def test_the_ending_that_holds_most_is_taken_by_hand() -> None:
         (POWERS, MORE): (0.95, 0.177),
     }
     shop: Any = _Shop(table, plain=0.95)
-    strengths, score = chosen_ending(shop, _made(), 0)
+    strengths, score = _chosen(shop)
     # Of the float model's fall of 0.05 recovery mends 0.0325, and a tenth lost is nothing kept: codes would keep
     # nothing, powers (0.4 + 0.325) x 3 = 2.175, with fewer bits (0.2 + 0.325) x 4 = 2.1, with more 0.825 x 2.5 = 2.06.
     assert strengths == {"taylor-pruning": 0.7, POWERS: USUAL, "dycl-compile": 1.0}
@@ -91,7 +95,7 @@ def test_the_ending_that_holds_most_is_taken_by_hand() -> None:
     assert shop.asked == [(CODES, USUAL), (POWERS, USUAL), (POWERS, FEWER), (POWERS, MORE)]
     # Where the float model has lost more, more is mended, 0.065, and fewer bits hold more: 1.05 x 3, 0.85 x 4.
     deeper: Any = _Shop(table, plain=0.9)
-    assert chosen_ending(deeper, _made(), 0)[0][POWERS] == FEWER
+    assert _chosen(deeper)[0][POWERS] == FEWER
     assert (POWERS, MORE) not in deeper.asked  # fewer bits did better, so that more are not asked for
 
 
@@ -104,7 +108,7 @@ def test_what_a_deep_cut_has_lost_does_not_hide_which_ending_suits_it() -> None:
         (POWERS, MORE): (0.7, 0.177),
     }
     shop: Any = _Shop(table, plain=0.7)
-    strengths, score = chosen_ending(shop, _made(), 0)
+    strengths, score = _chosen(shop)
     assert (strengths[POWERS], score) == (USUAL, pytest.approx(0.75))
 
 
@@ -116,15 +120,17 @@ def test_more_bits_end_what_few_bits_break() -> None:
         (CODES, MORE): (0.99, 0.2),
     }
     shop: Any = _Shop(table, plain=1.0)
-    strengths, score = chosen_ending(shop, _made(), 0)
+    strengths, score = _chosen(shop)
     assert (strengths[CODES], score) == (MORE, pytest.approx(0.99))
 
 
 def test_what_measures_times_waits_for_the_end_of_the_run() -> None:
-    shop: Any = _Shop({}, plain=1.0, timed=(CODES, POWERS, INT8))
+    shop: Any = _Shop({(CODES, USUAL): (1.0, 0.2)}, plain=1.0, timed=(CODES, POWERS, INT8))
     made = _made()
-    assert chosen_ending(shop, made, 0) == (made.strengths, 0.5)
-    assert shop.asked == []
+    before = dict(made.strengths)
+    model, score = chosen_ending(shop, made, 0)
+    assert (model["precise"], score) == (1.0, 1.0)  # as it stands in its strengths
+    assert made.strengths == before
 
 
 def test_where_every_ending_is_refused_the_trial_says_so() -> None:
@@ -144,10 +150,10 @@ def test_a_trial_ends_as_chosen_and_is_measured_so() -> None:
     assert rung is None  # none is stopped early without a budget
     made = shop.make(choice, 0)
     shop.recover(made.model, steps=2, seed=1)
-    strengths, score = chosen_ending(shop, made, 0)
-    assert found.procedures == strengths
+    model, score = chosen_ending(shop, made, 0)
+    assert found.procedures == made.strengths
     assert found.validation == score
-    assert found.ratios == shop.quick_ratios(shop.finish(made.model, strengths, 0))
+    assert found.ratios == shop.quick_ratios(model)
     # One that is not free ends as it says.
     fixed, _ = run_trial(shop, Choice(choice.procedures), effort, 0, [], None)
     assert fixed.procedures == {"magnitude-pruning": 0.5, CODES: USUAL}
@@ -164,6 +170,7 @@ class _Runner:
     table: Mapping[Way, tuple[float, float]]
     members: tuple[str, ...] = (EXACT, ROUNDED)
     scored: list[Way] = field(default_factory=list)
+    unhurried: dict[str, int] = field(default_factory=dict)
     costs: tuple[str, ...] = ("latency", "size")
     span: float | None = None
     validation: Tensor = field(default_factory=lambda: torch.tensor([1.0]))
@@ -173,8 +180,6 @@ class _Runner:
         return SimpleNamespace(stages={"execution": {k: SimpleNamespace(exact=k == EXACT) for k in self.members}})
 
     def finish(self, model: Any, strengths: Mapping[str, float], seed: int, *, stages: Sequence[str]) -> Any:
-        if stages == ("precision",):
-            return "plain"
         assert model == "plain"  # precision is applied once for all ways
         assert stages == ("execution",)
         return next(iter(strengths), None)
@@ -189,9 +194,9 @@ class _Runner:
         return [{"latency": self.table[model][1], "size": 0.25} for model in models]
 
 
-def _run(shop: _Runner, strengths: dict[str, float], score: float = 0.9) -> tuple[Any, Made, float]:
-    made = Made(nn.Identity(), strengths)
-    model, found = chosen_execution(shop, made, score, 0)  # type: ignore[arg-type]
+def _run(shop: _Runner, strengths: dict[str, float], score: float = 0.9, width: int = 2) -> tuple[Any, Made, float]:
+    made = Made(nn.Linear(3, width), strengths)
+    model, found = chosen_execution(shop, made, "plain", score, 0)  # type: ignore[arg-type]
     return model, made, found
 
 
@@ -212,9 +217,13 @@ def test_a_pass_that_rounds_is_taken_where_it_holds_more_by_hand() -> None:
 
 def test_what_is_no_faster_is_not_even_scored_and_what_returns_nan_is_not_taken() -> None:
     strengths = {"taylor-pruning": 0.5, EXACT: 1.0}
-    slow = _Runner({EXACT: (0.9, 0.5), ROUNDED: (0.9, 0.5)})
+    slow = _Runner({EXACT: (0.9, 0.5), ROUNDED: (0.9, 0.48)})  # 0.96 of its time may be chance
     assert _run(slow, strengths)[0] == EXACT
     assert slow.scored == []
+    # Nor is it made of a model that is as small or smaller; of a larger one it is.
+    slow.table = {EXACT: (0.9, 0.5), ROUNDED: (0.9, 0.1)}
+    assert slow.unhurried == {ROUNDED: 8}
+    assert [_run(slow, strengths, width=width)[0] for width in (1, 2, 3)] == [EXACT, EXACT, ROUNDED]
     broken = _Runner({EXACT: (0.9, 0.5), ROUNDED: (-1.0, 0.1)})
     assert _run(broken, strengths)[0] == EXACT
 
@@ -235,7 +244,9 @@ def test_a_free_trial_runs_as_it_was_measured(monkeypatch: pytest.MonkeyPatch) -
     shop = Workshop(tiny.task, tiny.model, plan, [], costs, max_drop=10.0)
     asked: list[int] = []
 
-    def told(models: Sequence[nn.Module]) -> list[dict[str, float]]:
+    def told(models: Sequence[nn.Module], costs: Sequence[str] | None = None) -> list[dict[str, float]]:
+        if costs is not None:
+            return [{"size": 0.2} for _ in models]
         asked.append(len(models))
         kinds = [edit.arithmetic for model in models for edit in history(model) if isinstance(edit, RunCompiled)]
         assert kinds == [None, "bfloat16"]
@@ -244,10 +255,7 @@ def test_a_free_trial_runs_as_it_was_measured(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(shop, "quick_ratios_of", told)
     width, precision = ("magnitude-pruning", 0.2), (POWERS, USUAL)
     choice = Choice({"width": width, "precision": precision, "execution": (EXACT, 1.0)}, free_ending=True)
-    monkeypatch.setattr(
-        "torchgraft.fit.search.chosen_ending", lambda shop, made, seed: (made.strengths, shop.score_of(made, seed))
-    )
     found, _ = run_trial(shop, choice, Effort(1, None, None, 2, 0), 0, [], None)
     assert asked == [2]
-    assert list(found.procedures) == ["magnitude-pruning", POWERS, ROUNDED]
+    assert list(found.procedures)[::2] == ["magnitude-pruning", ROUNDED]
     assert found.ratios == {"latency": 0.1, "size": 0.2}

@@ -15,6 +15,7 @@ from torchgraft.engines import width
 from torchgraft.engines.control_flow import execution
 from torchgraft.engines.control_flow.execution import RunCompiled
 from torchgraft.engines.control_flow.passes import Passes
+from torchgraft.engines.distill import Teacher
 from torchgraft.engines.surgery.edits import history
 from torchgraft.engines.width import prepare
 from torchgraft.fit.budget import Limit
@@ -103,23 +104,28 @@ def test_execution_comes_last_and_scores_of_trials_do_without_it(monkeypatch: py
     assert abs(float(shop.score(finished).mean()) - shop.score_of(made, 0)) <= 1 / len(shop.task.val)
 
 
-def test_the_original_answers_recoveries_by_its_program_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    shop = _shop_with_programs(monkeypatch)
-    assert isinstance(history(shop._guide.model)[-1], RunCompiled)
-    assert "forward" not in shop.original.__dict__
+def test_the_original_answers_by_the_fastest_way_where_it_is_asked_more_than_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept = _shop_with_programs(monkeypatch, "bfloat16-passes")
+    assert kept._guide.keeps
+    assert kept._guide.model is kept.original  # no program would pay for one answer each
+    monkeypatch.setattr("torchgraft.fit.workshop.KEPT_BATCHES", 0)
+    for others, numbers in (((), None), (("bfloat16-passes",), "bfloat16")):
+        shop = _shop_with_programs(monkeypatch, *others)
+        guide = shop._guide
+        assert not guide.keeps
+        assert history(guide.model)[-1] == RunCompiled.on(shop.task.example, numbers)
+        assert "forward" not in shop.original.__dict__
     without = make_plan(shop.original, shop.task, wanted=["magnitude-pruning"], costs=["size"])
     assert Workshop(shop.task, shop.original, without, [], ["size"])._guide.model is shop.original
 
 
-def test_the_original_answers_in_bfloat16_where_it_is_asked_more_than_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    shop = _shop_with_programs(monkeypatch, "bfloat16-passes")
-    guide = shop._guide
-    assert guide.keeps
-    assert history(guide.model)[-1] == RunCompiled.on(shop.task.example)
-    monkeypatch.setattr("torchgraft.fit.workshop.KEPT_BATCHES", 0)
-    other = _shop_with_programs(monkeypatch, "bfloat16-passes")._guide
-    assert not other.keeps
-    assert history(other.model)[-1] == RunCompiled.on(shop.task.example, "bfloat16")
+def test_answers_that_depend_on_the_batch_come_by_the_fastest_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    shop = _shop_with_programs(monkeypatch)
+    monkeypatch.setattr(Teacher, "_separable", lambda self: False)
+    assert not shop._guide.keeps
+    assert isinstance(history(shop._guide.model)[-1], RunCompiled)
 
 
 def test_what_rounds_is_scored_as_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,13 +216,11 @@ def run_trial(
             reason = "below the median of the others after a quarter of the recovery"
             return record("stopped early", rung, reason), rung
     workshop.recover(made.model, steps=effort.steps - first, seed=seed + 1)
-    if choice.free_ending and "precision" in choice.procedures:
-        made.strengths, score = chosen_ending(workshop, made, seed)
+    if choice.free_ending:
+        plain, score = chosen_ending(workshop, made, seed)
+        finished, score = chosen_execution(workshop, made, plain, score, seed)
     else:
         score = workshop.score_of(made, seed)
-    if choice.free_ending:
-        finished, score = chosen_execution(workshop, made, score, seed)
-    else:
         finished = workshop.finish(made.model, made.strengths, seed)
         if not workshop.limits:
             made.ratios = workshop.quick_ratios(finished)

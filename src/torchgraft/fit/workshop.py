@@ -119,6 +119,8 @@ class Workshop:
         self.limits, self.costs, self.ignore, self.seed = tuple(limits), tuple(costs), tuple(ignore), seed
         #: Models that lost layers only, by their edits, so that what can be cut in each is found out once.
         self._shorter: dict[tuple[str, ...], nn.Module] = {}
+        #: Ways to run a model that were no faster -> the parameters of the largest such model.
+        self.unhurried: dict[str, int] = {}
         self.baseline = meters.measure(original, task.example, costs=self.costs)
         self.validation = evaluate(original, task, task.val)
         if not bool(torch.isfinite(self.validation).all()):
@@ -126,14 +128,16 @@ class Workshop:
 
     @cached_property
     def _guide(self) -> Teacher:
-        """The original as a teacher of all recoveries, run as it runs fastest; logits are kept where it pays."""
+        """The original as a teacher of all recoveries: its answers are kept where it pays, else it runs fastest."""
         size = len(self.task.train)
-        kept = size <= KEPT_BATCHES * self.task.batch_size
-        # A pass that rounds is in the plan where it was found to be faster; what is kept is asked for once.
+        if size <= KEPT_BATCHES * self.task.batch_size:
+            guide = Teacher(self.original, self.task).prepare(size)
+            if guide.keeps:  # each is asked for once, which no program would pay for
+                return guide
         stage = self.plan.stages.get(LAST[-1], {})
-        ways = sorted((k for k, p in stage.items() if p.exact or not kept), key=lambda k: stage[k].exact)
-        guide = Teacher(self.finish(self.original, dict.fromkeys(ways[:1], 1.0), self.seed), self.task)
-        return guide.prepare(size) if kept else guide
+        # A pass that rounds is in the plan where it was found to be faster than one that does not.
+        ways = dict.fromkeys(sorted(stage, key=lambda key: stage[key].exact)[:1], 1.0)
+        return Teacher(self.finish(self.original, ways, self.seed), self.task)
 
     def bound(self, cost: str) -> float:
         """Return the limit on ``cost`` as a ratio, infinite where there is none."""

@@ -32,7 +32,7 @@ from torchgraft.engines.native import traced
 from torchgraft.engines.surgery.edits import Edit
 from torchgraft.errors import BadInput
 
-__all__ = ["LEAST_OPERATORS", "Arithmetic", "Execution", "RunCompiled", "compiled_pass", "form_of"]
+__all__ = ["LEAST_OPERATORS", "Arithmetic", "Execution", "Form", "RunCompiled", "compiled_pass", "form_of"]
 
 #: The numbers that a pass computes in, where they are not those of the model.
 Arithmetic = Literal["bfloat16"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Literal, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from torchgraft.bench.meters.forward import leaf_tensors, resting
 from torchgraft.bench.meters.latency import interleaved
 from torchgraft.bench.task import Task, call
-from torchgraft.engines.control_flow.execution import LEAST_OPERATORS, Arithmetic, Execution, RunCompiled, form_of
+from torchgraft.engines.control_flow.execution import LEAST_OPERATORS, Arithmetic, Execution, Form, RunCompiled, form_of
 from torchgraft.engines.control_flow.fused import traits
 from torchgraft.engines.control_flow.specialise import specialise
 from torchgraft.engines.procedure import Procedure, Refusal, Site, ignored
@@ -26,6 +27,11 @@ _NO_LATENCY = "weights and operators stay; only latency falls, and it is not mea
 #: The share of the time of what changes nothing that a pass which rounds may take and still be worth its rounding.
 _WORTH = 0.85
 _Self = TypeVar("_Self", bound="Passes")
+
+#: How a model runs: by Python, by a program (``None``), or by a program in other numbers.
+Way = Literal["python"] | Arithmetic | None
+#: Seconds of a model's ways to run, side by side: of its first call for one procedure, which the next one finds.
+_TIMES: WeakKeyDictionary[nn.Module, dict[tuple[Form, int], dict[Way, float]]] = WeakKeyDictionary()
 
 
 class Passes(Procedure):
@@ -103,16 +109,21 @@ class Passes(Procedure):
 
     def _why_slow(self, model: nn.Module, task: Task) -> str:
         """Return why no program is to be used on the task's example; nothing where it is faster."""
-        compiled = apply_edits(model, [RunCompiled.on(task.example, self.arithmetic)])
-        beside = model if self.arithmetic is None else apply_edits(model, [RunCompiled.on(task.example)])
-        with resting(compiled), resting(beside), torch.inference_mode():
-            call(compiled, task.example)
-            call(beside, task.example)
-        execution = compiled.__dict__["forward"]
-        if not (isinstance(execution, Execution) and execution.compiled(task.example)):
-            return "it cannot be compiled; the log says why"
-        seconds = interleaved([beside, compiled], task.example, rounds=2)
-        ratio = float((seconds[:, 1] / seconds[:, 0]).mean())
+        beside: Way = "python" if self.arithmetic is None else None
+        known = _TIMES.setdefault(model, {}).setdefault((form_of(task.example), torch.get_num_threads()), {})
+        if not {beside, self.arithmetic} <= known.keys():
+            ways: list[Way] = ["python", *dict.fromkeys((None, self.arithmetic))]
+            programs = [RunCompiled.on(task.example, way) for way in ways if way != "python"]
+            models = [model, *(apply_edits(model, [program]) for program in programs)]
+            for each in models[1:]:
+                with resting(each), torch.inference_mode():
+                    call(each, task.example)
+            execution = models[-1].__dict__["forward"]
+            if not (isinstance(execution, Execution) and execution.compiled(task.example)):
+                return "it cannot be compiled; the log says why"
+            seconds = interleaved(models, task.example, rounds=2)
+            known.update({way: float(seconds[:, column].mean()) for column, way in enumerate(ways)})
+        ratio = known[self.arithmetic] / known[beside]
         if self.arithmetic is None:
             return "" if ratio < 1.0 else f"compiled it takes {ratio:.2f} of the time here"
         words = f"in {self.arithmetic} it takes {ratio:.2f} of a compiled pass's time here"
