@@ -6,6 +6,7 @@ import copy
 import logging
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from torchgraft.engines.control_flow.narrow import Narrow, narrowed
 from torchgraft.engines.quantize.fewbit import FewBit
 from torchgraft.engines.surgery.edits import apply_edits, edit_from_record, edit_to_record, history
 from torchgraft.errors import BadInput
+from torchgraft.fit.export import export_model
 from torchgraft.shrink.quantize.bfloat16_passes import Bfloat16Passes
 
 #: The unit roundoff of 8 significant bits.
@@ -93,6 +95,30 @@ def test_codes_are_put_together_in_float32_and_rounded_once() -> None:
     tied[1].weight = tied[0].weight
     coded = narrowed(apply_edits(tied, [FewBit(bits={"0": 4})]))
     assert torch.equal(coded[0].weight, coded[1].weight)  # type: ignore[index]
+
+
+def test_norms_keep_what_they_scale_by_and_what_is_stored_in_half_too() -> None:
+    model = ResidualNet(widths=(16, 16), depth=1)
+    norms = nn.Sequential(nn.LayerNorm(16), nn.GroupNorm(2, 16), nn.BatchNorm1d(16), nn.RMSNorm(16))
+    for each in (model, norms):
+        narrow = narrowed(each.eval())
+        pairs = list(zip(each.modules(), narrow.modules(), strict=True))
+        kept = [
+            new for old, new in pairs if isinstance(old, nn.LayerNorm | nn.GroupNorm | nn.modules.batchnorm._BatchNorm)
+        ]
+        assert len(kept) >= 3
+        for module in kept:
+            held = [*module.parameters(), *module.buffers()]
+            assert all(value.dtype in (torch.float32, torch.int64) for value in held)
+        others = [new for old, new in pairs if new not in kept]
+        assert all(value.dtype == torch.bfloat16 for module in others for value in module.parameters(recurse=False))
+    mlp = _mlp()
+    with torch.no_grad():
+        mlp[2].weight.copy_(torch.linspace(0.5, 1.5, 16))
+    stored = apply_edits(mlp, [FewBit(bits={"0": 4, "2.weight": 16})])
+    gains = narrowed(stored)[2].weight  # type: ignore[index]
+    assert gains.dtype == torch.float32
+    assert torch.equal(gains, stored[2].weight)  # type: ignore[index]
 
 
 def test_parametrised_weights_are_read_out_and_the_original_keeps_its_own() -> None:
@@ -403,8 +429,19 @@ def test_in_fit_it_must_be_well_faster_than_a_float32_program(
     assert len(CompiledPasses().for_costs(["latency"]).applies_to(original, tiny.task)) == 1
     assert len(asked) == 1  # what it takes without rounding was measured beside it
     reasons = [refusal.reason for refusal in procedure.refusals(original, tiny.task)]
-    assert ["0.86 of a compiled pass's time" in reason for reason in reasons] == [True] * (1 - sites)
+    assert ["takes 0.86 of the time" in reason for reason in reasons] == [True] * (1 - sites)
     assert Bfloat16Passes().for_costs(["size"]).applies_to(original, tiny.task) == []
+
+
+def test_where_float32_has_no_program_it_is_compared_with_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = case("cnn")
+    original = tiny.model
+    monkeypatch.setattr(execution_module, "TOLERANCE", -1.0)
+    monkeypatch.setattr(passes, "interleaved", lambda models, example, *, rounds: np.tile([1.0, 0.5], (rounds, 1)))
+    assert len(Bfloat16Passes(timed=True).applies_to(original, tiny.task)) == 1
+    plain = CompiledPasses(timed=True)
+    assert plain.applies_to(original, tiny.task) == []
+    assert "cannot be compiled" in plain.refusals(original, tiny.task)[0].reason
 
 
 def test_one_of_the_two_runs_a_model() -> None:
@@ -430,3 +467,14 @@ def test_scores_are_those_of_the_rounded_model_in_every_batch(change: Callable[[
     assert made.__dict__["forward"].compiled(x[:8])
     assert torch.equal(scores, change(scores))  # all of them are numbers of 8 bits
     assert difference(_rounded(model, x)[:, 0], scores) < 2**-5
+
+
+@pytest.mark.parametrize("form", ["torch", "onnx"])
+def test_what_is_exported_computes_in_float32_and_says_so(form: str, tmp_path: Path) -> None:
+    tiny = case("cnn")
+    made = Bfloat16Passes().apply(tiny.model, tiny.task, 1.0)
+    line = export_model(made, tiny.task.example, tmp_path, form)
+    assert "in float32, which it computes in; the model's own passes are bfloat16's" in line
+    assert float(line.rpartition("largest difference ")[2].split()[0]) < 1e-5
+    plain = export_model(CompiledPasses().apply(tiny.model, tiny.task, 1.0), tiny.task.example, tmp_path, form)
+    assert "bfloat16" not in plain

@@ -154,6 +154,10 @@ class Execution:
             program = self._program(args, kwargs)
         return self._plain(*args, **kwargs) if program is None else program(*args, **kwargs)
 
+    def in_own_numbers(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the model does in Python, in the numbers that it holds."""
+        return self._plain(*args, **kwargs)
+
     def compiled(self, inputs: Inputs) -> bool:
         """Say whether a program exists for ``inputs``; one is made by a call in eval mode without gradients."""
         return self._programs.get(form_of(inputs)) is not None

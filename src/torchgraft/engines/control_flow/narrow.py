@@ -35,11 +35,16 @@ def same_form(expected: Any, found: Any) -> bool:
     return True
 
 
+#: Passes that take bfloat16 with gains, shifts and statistics in float32, which is faster and loses less.
+_NORMS = (nn.LayerNorm.forward, nn.GroupNorm.forward, nn.BatchNorm2d.forward)
+
+
 def narrowed(model: nn.Module) -> nn.Module:
     """Return a copy of ``model`` in eval mode whose weights and buffers are rounded to bfloat16.
 
     A weight that is put together when it is read, from codes or by a parametrisation, is put together in float32 and
-    then rounded. What a model makes beside its parameters and buffers keeps its dtype, as under ``model.to``.
+    then rounded. torch's layer, group and batch norms keep theirs in float32. What a model makes beside its parameters
+    and buffers keeps its dtype, as under ``model.to``.
 
     Args:
         model: a network; it is left as it was.
@@ -52,18 +57,30 @@ def narrowed(model: nn.Module) -> nn.Module:
     with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode serves there alone
         made = copy.deepcopy(model)
         made.__dict__.pop("forward", None)  # an execution, where there is one
-        for module in made.modules():
+        for module in made.eval().modules():
             names = {*getattr(module, "parameter_buffers", ()), *getattr(module, "parametrizations", ())}
             held = [name for name in sorted(names) if isinstance(getattr(type(module), name, None), property)]
-            read = {name: getattr(module, name).detach().to(NARROW) for name in held}
+            numbers = torch.float32 if _keeps(module) else NARROW
+            read = {name: getattr(module, name).detach().to(numbers) for name in held}
             if read:
                 values.append((module, read))
-        made = made.to(NARROW).eval()
+        for module in made.modules():
+            if not _keeps(module):
+                move: Any = module._apply  # what ``module.to`` is made of; torch leaves it untyped
+                move(_to_narrow, recurse=False)
     for module, read in values:
         # The class's property would stand before anything that the module holds: a class of its own stands before it.
         kind = type(module)
         module.__class__ = type(kind.__name__, (kind,), {**read, "__module__": kind.__module__})
     return made
+
+
+def _keeps(module: nn.Module) -> bool:
+    return type(module).forward in _NORMS
+
+
+def _to_narrow(value: Tensor) -> Tensor:
+    return value.to(NARROW) if value.is_floating_point() else value
 
 
 def _cast(value: Any, source: torch.dtype, target: torch.dtype) -> Any:

@@ -30,7 +30,7 @@ _Self = TypeVar("_Self", bound="Passes")
 
 #: How a model runs: by Python, by a program (``None``), or by a program in other numbers.
 Way = Literal["python"] | Arithmetic | None
-#: Seconds of a model's ways to run, side by side: of its first call for one procedure, which the next one finds.
+#: Seconds of a model's ways to run, side by side: measured for one procedure, and found by the next.
 _TIMES: WeakKeyDictionary[nn.Module, dict[tuple[Form, int], dict[Way, float]]] = WeakKeyDictionary()
 
 
@@ -109,24 +109,25 @@ class Passes(Procedure):
 
     def _why_slow(self, model: nn.Module, task: Task) -> str:
         """Return why no program is to be used on the task's example; nothing where it is faster."""
-        beside: Way = "python" if self.arithmetic is None else None
         known = _TIMES.setdefault(model, {}).setdefault((form_of(task.example), torch.get_num_threads()), {})
-        if not {beside, self.arithmetic} <= known.keys():
-            ways: list[Way] = ["python", *dict.fromkeys((None, self.arithmetic))]
-            programs = [RunCompiled.on(task.example, way) for way in ways if way != "python"]
-            models = [model, *(apply_edits(model, [program]) for program in programs)]
-            for each in models[1:]:
+        if self.arithmetic not in known:
+            made: dict[Way, nn.Module] = {"python": model}
+            for way in dict.fromkeys((None, self.arithmetic)):
+                each = apply_edits(model, [RunCompiled.on(task.example, way)])
                 with resting(each), torch.inference_mode():
                     call(each, task.example)
-            execution = models[-1].__dict__["forward"]
-            if not (isinstance(execution, Execution) and execution.compiled(task.example)):
+                execution = each.__dict__["forward"]
+                if isinstance(execution, Execution) and execution.compiled(task.example):
+                    made[way] = each
+            if self.arithmetic not in made:
                 return "it cannot be compiled; the log says why"
-            seconds = interleaved(models, task.example, rounds=2)
-            known.update({way: float(seconds[:, column].mean()) for column, way in enumerate(ways)})
-        ratio = known[self.arithmetic] / known[beside]
+            seconds = interleaved(list(made.values()), task.example, rounds=2)
+            known.update({way: float(seconds[:, column].mean()) for column, way in enumerate(made)})
+        beside = known["python"] if self.arithmetic is None else known.get(None, known["python"])
+        ratio = known[self.arithmetic] / beside
         if self.arithmetic is None:
             return "" if ratio < 1.0 else f"compiled it takes {ratio:.2f} of the time here"
-        words = f"in {self.arithmetic} it takes {ratio:.2f} of a compiled pass's time here"
+        words = f"in {self.arithmetic} it takes {ratio:.2f} of the time of a pass that rounds nothing"
         return "" if ratio < _WORTH else f"{words}, where less than {_WORTH} is worth the rounding"
 
 

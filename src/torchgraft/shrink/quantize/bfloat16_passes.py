@@ -8,8 +8,9 @@ keeps float32's 8 exponent bits, so that nothing needs a scale, and 8 of its 24 
 Departures:
 - The paper trains so. Here training and gradients keep float32 master weights, and what a file holds stays; the forward
   pass alone, in eval mode without gradients, is bfloat16's, for inputs of any size.
-- All of the pass is rounded, not the products alone: norms and softmax sum in float32 inside of torch's kernels, and
-  what lies between two kernels is bfloat16. Products alone, by ``torch.autocast``, were slower than this everywhere.
+- All of the pass is rounded, not the products alone: norms (whose gains and statistics stay float32) and softmax sum in
+  float32 inside of torch's kernels, and what lies between two kernels is bfloat16. Products alone, by
+  ``torch.autocast``, were slower than this everywhere.
 - On inputs of the example's size the pass is one compiled program, as in :mod:`torchgraft.elastic.dycl_compile`.
 - Buffers are rounded with the weights: large positions kept as floats lose their last digits, as under ``model.to``.
 - A model whose outputs move by more than a tenth of the largest, or that does not run in bfloat16, runs in float32, and
