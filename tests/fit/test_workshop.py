@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -136,6 +137,23 @@ def test_what_rounds_is_scored_as_it_runs(monkeypatch: pytest.MonkeyPatch) -> No
         scored = shop.as_scored(made.model, made.strengths, 0)
         assert len(history(scored)) == edits
         assert shop.score_of(made, 0) == float(shop.score(scored).mean())
+
+
+def test_several_models_are_timed_in_turns_each_over_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
+    shop = _shop_with_programs(monkeypatch)
+    first, second = (shop.make(Choice({"width": ("magnitude-pruning", s)}), 0).model for s in (0.3, 0.9))
+
+    def told(models: list[nn.Module], example: object, *, rounds: int) -> np.ndarray:
+        assert models == [shop.original, first, second]
+        seconds = np.tile([2.0, 1.0, 0.5], (rounds, 1))
+        seconds[0] *= 7.0  # a slow round is slow for all of them
+        return seconds
+
+    monkeypatch.setattr("torchgraft.fit.workshop.interleaved", told)
+    found = shop.quick_ratios_of([first, second])
+    assert [ratios["latency"] for ratios in found] == [0.5, 0.25]
+    assert found[0]["size"] > found[1]["size"] > 0.0
+    assert shop.quick_ratios(first, ["size"]) == {"size": found[0]["size"]}
 
 
 def test_under_a_budget_what_runs_a_model_alone_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -338,6 +338,13 @@ def test_what_does_not_bear_it_runs_in_float32_and_says_so(
     assert "runs as float32" in told[0]
 
 
+def test_a_model_of_other_numbers_is_left_to_itself() -> None:
+    layer, x = nn.Linear(4, 4).eval(), torch.randn(6, 4)
+    layer.register_buffer("shift", torch.zeros(4, dtype=torch.float64))
+    with pytest.raises(BadInput, match="does not hold float32"):
+        Narrow.of(layer, layer.forward, (x,), {})
+
+
 def test_a_model_that_counts_its_calls_is_not_asked_again_at_every_one() -> None:
     made, _ = _in_bfloat16(_Counts().eval(), torch.randn(6, 4))
     with torch.no_grad():
