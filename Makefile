@@ -49,6 +49,7 @@ claims-sample: $(VENV)/dev
 bench: $(VENV)/peers
 	$(BIN)/python benchmarks/baselines.py
 	$(BIN)/python benchmarks/int8.py
+	$(BIN)/python benchmarks/passes.py
 	$(BIN)/python benchmarks/zoo.py
 	$(BIN)/python benchmarks/against_torch_pruning.py
 
