@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import torchgraft
 from torchgraft.bench.tasks import load_task
 from torchgraft.bench.training import evaluate_loss
 from torchgraft.fit import finals
@@ -133,3 +134,21 @@ def test_sparse_weights_are_not_said_to_be_pruned_widths() -> None:
     assert not any("sparse" in words for words in width.changes.values())
     assert weights.changes
     assert all("executed sparse" in words for words in weights.changes.values())
+
+
+def test_under_a_budget_what_was_not_cut_leaves_its_recovery_to_the_others(task_file: Path, tmp_path: Path) -> None:
+    result = torchgraft.fit(
+        str(task_file),
+        budget="size=0.9x",
+        costs=["size"],
+        trials=3,
+        procedures=["int8-dynamic", "magnitude-pruning"],
+        max_drop=1.0,
+        out=tmp_path,
+    )
+    tried = [set(trial.procedures) for trial in result.record.trials]
+    assert {"int8-dynamic"} in tried
+    assert sum("magnitude-pruning" in keys for keys in tried) == 2
+    recovered = [[each.key for each in c.procedures] for c in result.front if c.name.endswith("-recovered")]
+    assert recovered
+    assert all("magnitude-pruning" in keys for keys in recovered)

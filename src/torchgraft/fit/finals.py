@@ -32,7 +32,7 @@ from torchgraft.fit.finalists import (
 )
 from torchgraft.fit.pareto import front
 from torchgraft.fit.search import MEASURE_SECONDS, Effort, Progress, run_trial, slot_seed, trial_folder
-from torchgraft.fit.workshop import NOISY, Choice, Workshop
+from torchgraft.fit.workshop import LAST, NOISY, Choice, Workshop
 from torchgraft.report.records import Applied, Candidate, CostRecord, Interval, NotHelped, Trial
 
 __all__ = ["Finalist", "decide", "not_helped"]
@@ -72,6 +72,13 @@ def _ranked(workshop: Workshop, study: optuna.Study) -> list[optuna.trial.Frozen
     if workshop.limits:
         complete = [t for t in complete if workshop.load(t.user_attrs["record"]["ratios"]) <= 1.0]
     return sorted(complete, key=lambda t: (-t.user_attrs["record"]["validation"], t.user_attrs[storage.SLOT]))
+
+
+def _is_cut(workshop: Workshop, trial: optuna.trial.FrozenTrial) -> bool:
+    """Say whether a trial has changed its float model, so that recovery has something to mend."""
+    last = {key for stage in LAST for key in workshop.plan.stages.get(stage, {})}
+    keys = trial.user_attrs["record"]["procedures"]
+    return any(key not in last and not workshop.plan.procedures[key].exact for key in keys)
 
 
 def _polish(
@@ -284,10 +291,12 @@ def decide(
     """
     original = Finalist("original", workshop.original, {}, 0, workshop.validation)
     ranked = _ranked(workshop, study)
-    count = min(effort.finalists, len(ranked))
+    # Under a budget the best is often the original itself, stored or run otherwise: the others have its time.
+    cut = [trial for trial in ranked if _is_cut(workshop, trial)]
+    count = min(effort.finalists, len(cut if workshop.limits else ranked))
 
     def following(recovered: Sequence[Recovered]) -> optuna.trial.FrozenTrial | None:
-        return ranked[len(recovered)] if workshop.limits else worth_recovering(workshop, ranked, recovered)
+        return cut[len(recovered)] if workshop.limits else worth_recovering(workshop, ranked, recovered)
 
     finalists = [original, *_polish(workshop, count, following, effort, folder, progress, trials)]
     if not workshop.limits:
